@@ -1,0 +1,32 @@
+# Every target works on a fresh machine with Python >= 3.10, git and make: the virtual environment is made on the way.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: sample test lint bench quality clean
+
+sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
+	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --out samples.png
+
+test: $(INSTALLED)  ## Every test: the package's, then the kernels' under the interpreter in a process of their own.
+	$(BIN)/python -m pytest --ignore tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+
+lint: $(INSTALLED)  ## Formatting, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## pytest-benchmark suites.
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+quality: $(INSTALLED)  ## The quality table of the README: 2,000 samples a scale of the shipped model (about 25 minutes).
+	$(BIN)/python benchmarks/quality.py /usr/share/datasets/fashion-mnist
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

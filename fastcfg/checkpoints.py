@@ -1,0 +1,199 @@
+"""Loading and saving models: our safetensors, the official DiT .pt, and diffusers' DiT folders. No code in a file is run."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcfg.errors import Error
+from fastcfg.files import read_safetensors, write_safetensors
+from fastcfg.models.denoiser import Denoiser, describe_dit
+from fastcfg.models.diffusers_dit import dit_from_diffusers
+from fastcfg.models.dit import DiT, DiTConfig
+from fastcfg.schedules import schedule_from_json
+
+SHIPPED = ("fashion-mnist",)
+FORMAT = "fastcfg-1"
+
+
+def load(name: str | Path, device: str | torch.device = "cpu") -> Denoiser:
+    """A model ready for `Sampler`, in eval mode.
+
+    name: a model shipped with the package (`SHIPPED`), or a path: our .safetensors, the official DiT's .pt (with or without
+    an "ema" key), or a folder that diffusers saved a DiTTransformer2DModel or a DiT pipeline to.
+    Raises Error for anything else, for a file cut short and for a pickle that holds more than tensors.
+    """
+    if str(name) in SHIPPED:
+        with as_file(files("fastcfg").joinpath(f"assets/{name}.safetensors")) as path:
+            model = _load_ours(path)
+    else:
+        model = _load_path(Path(name))
+    model.module.to(device).eval().requires_grad_(False)
+    return model
+
+
+def _load_path(path: Path) -> Denoiser:
+    if path.is_dir():
+        return _load_diffusers(path)
+    if not path.is_file():
+        raise Error(f"unknown checkpoint '{path}': want a shipped name ({', '.join(SHIPPED)}) or a file or folder that exists")
+    if path.suffix == ".safetensors":
+        return _load_ours(path)
+    if path.suffix in (".pt", ".pth"):
+        return _load_official(path)
+    raise Error(f"{path}: want .safetensors (ours), .pt (the official DiT's) or a diffusers folder")
+
+
+def save(model: Denoiser, path: str | Path) -> None:
+    """Writes `model`, whose module must be our DiT, as safetensors with everything `load` needs, whole or not at all."""
+    if not isinstance(model.module, DiT):
+        raise Error(f"only a fastcfg DiT can be saved in this format, got {type(model.module).__name__}")
+    description = {
+        "config": model.module.config.to_json(),
+        "schedule": model.schedule.to_json(),
+        "predicts": model.predicts,
+        "clip": model.clip,
+        "latent": model.latent,
+        "label_names": model.label_names,
+        "training": dict(model.training),
+    }
+    metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in description.items()}}
+    write_safetensors(Path(path), model.module.state_dict(), metadata)
+
+
+def _load_ours(path: Path) -> Denoiser:
+    tensors, metadata = read_safetensors(path)
+    if metadata.get("format") != FORMAT:
+        raise Error(f"{path} is a safetensors file of another kind: want one that fastcfg wrote (format {FORMAT})")
+    try:
+        stored = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        names = stored["label_names"]
+        return describe_dit(
+            build_dit(DiTConfig.from_json(stored["config"]), tensors, str(path)),
+            schedule=schedule_from_json(stored["schedule"]),
+            predicts=stored["predicts"],
+            clip=stored["clip"],
+            latent=stored["latent"],
+            label_names=None if names is None else tuple(names),
+            training=stored["training"],
+        )
+    except (KeyError, json.JSONDecodeError, TypeError) as error:
+        raise Error(f"{path}: its description is damaged ({type(error).__name__}: {error})") from error
+
+
+def build_dit(config: DiTConfig, tensors: Mapping[str, Tensor], source: str) -> DiT:
+    """A DiT with these weights, each checked by name and shape before any is used; `source` names them in errors."""
+    with torch.device("meta"):
+        model = DiT(config)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or surplus:
+        raise Error(f"{source} does not fit its DiT config: missing {missing[:4]}, surplus {surplus[:4]}")
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise Error(f"{source}: {name} is {list(tensors[name].shape)}, but its DiT config wants {list(shape)}")
+    model.load_state_dict(dict(tensors), assign=True)
+    return model
+
+
+def _load_official(path: Path) -> Denoiser:
+    """The official checkpoint: a state dict, or {"model", "ema", "opt", "args"} of which the EMA weights are taken."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0]
+        raise Error(f"{path} holds more than tensors, and its code is not run: keep the state dict alone ({first})") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise Error(f"{path} is not a whole torch checkpoint: {error}") from error
+    state = content
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise Error(f"{path} holds no state dict of tensors (at top level or under 'ema')")
+    return describe_dit(build_dit(infer_config(state, str(path)), state, str(path)), latent=True)
+
+
+def infer_config(state: Mapping[str, Tensor], source: str) -> DiTConfig:
+    """The config of official weights, read off their shapes.
+
+    The head count leaves no trace in them: it is the published one for a published width, else one head per 64 channels.
+    """
+    try:
+        hidden, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+        tokens = state["pos_embed"].shape[1]
+        table = state["y_embedder.embedding_table.weight"].shape[0]
+        out = state["final_layer.linear.weight"].shape[0] // patch**2
+        inner = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise Error(f"{source} is not an official DiT state dict: no usable {error}") from error
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    return DiTConfig(
+        input_size=math.isqrt(tokens) * patch,
+        patch_size=patch,
+        in_channels=in_channels,
+        hidden_size=hidden,
+        depth=depth,
+        num_heads={1152: 16, 1024: 16, 768: 12, 384: 6}.get(hidden, max(1, hidden // 64)),
+        mlp_ratio=inner / hidden,
+        num_classes=table - 1,
+        learn_sigma=out == 2 * in_channels,
+    )
+
+
+def _load_diffusers(path: Path) -> Denoiser:
+    """A folder with a DiTTransformer2DModel, or a pipeline's with it under `transformer` and its scheduler's config."""
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    config = _read_json(folder / "config.json")
+    if config.get("_class_name") != "DiTTransformer2DModel":
+        raise Error(f"{folder} holds a {config.get('_class_name')}: want a DiTTransformer2DModel")
+    single, index = (
+        folder / "diffusion_pytorch_model.safetensors",
+        folder / "diffusion_pytorch_model.safetensors.index.json",
+    )
+    if single.is_file():
+        tensors, _ = read_safetensors(single)
+    elif index.is_file():
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        tensors = {k: v for shard in shards for k, v in read_safetensors(folder / Path(shard).name)[0].items()}
+    else:
+        raise Error(f"{folder} has no {single.name}: save it from diffusers with safe_serialization=True")
+    dit_config, state = dit_from_diffusers(config, tensors)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    others = _schedule_of(_read_json(scheduler)) if scheduler.is_file() else {}
+    return describe_dit(build_dit(dit_config, state, str(folder)), latent=True, **others)
+
+
+def _schedule_of(config: dict[str, Any]) -> dict[str, Any]:
+    """schedule and prediction from a diffusers scheduler's config."""
+    name = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(
+        config.get("beta_schedule", "linear")
+    )
+    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(config.get("prediction_type", "epsilon"))
+    if name is None or predicts is None or config.get("trained_betas") is not None:
+        raise Error(
+            f"the scheduler's config is not one fastcfg knows: {config.get('beta_schedule')}, {config.get('prediction_type')}"
+        )
+    parameters = {"name": name, "T": config.get("num_train_timesteps", 1000)}
+    if name != "cosine":
+        parameters |= {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 2e-2)}
+    return {"schedule": schedule_from_json(parameters), "predicts": predicts}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise Error(f"{path} must hold an object, got {type(data).__name__}")
+    return data

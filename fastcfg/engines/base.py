@@ -1,0 +1,49 @@
+"""What every engine is: it runs a plan on a model, and decides nothing about the mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """Exactly `batch` rows to sample, all guided in the same steps.
+
+    labels: int64 [B], or embeddings [B, ...]. scale: float32 [steps, B]. guided: bool [steps]; elsewhere no null rows are
+    computed. seeds, indices: int64 [B], the noise's counters. x_T: float32 [B, C, H, W] or None (drawn). noise: float32
+    [steps, B, C, H, W] in executed order, or None (drawn).
+    """
+
+    labels: Tensor
+    scale: Tensor
+    guided: NDArray[np.bool_]
+    seeds: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    x_T: Tensor | None = None
+    noise: Tensor | None = None
+
+
+class Engine(Protocol):
+    """An engine is made for one model, plan, batch size, device and dtype."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network's output in this engine's arithmetic, float32 [N, C or 2C, H, W]. x: [N, C, H, W]; t, y: [N]."""
+        ...
+
+    def run(self, request: Request) -> Tensor:
+        """The samples, float32 [B, C, H, W] on the engine's device: a new tensor, which is the caller's."""
+        ...
+
+    def refresh(self) -> None:
+        """Takes up weights that changed in place since the engine was made."""
+        ...

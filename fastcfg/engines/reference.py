@@ -1,0 +1,110 @@
+"""The reference engine: plain torch, any module, any device. It is the definition that every other engine is compared with."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastcfg.engines.base import Request
+from fastcfg.errors import Error
+from fastcfg.models.denoiser import Denoiser, call_module
+from fastcfg.noise import INITIAL_STEP, normal
+from fastcfg.plan import Plan
+
+
+class ReferenceEngine:
+    """Runs `plan` row by row on `model.module`, with the module in `dtype` and all else in float64.
+
+    So the only rounding is the module's own. As in the official code, a guided step is one forward of the 2B rows
+    [cond; null]. The module itself is used where it has the device and dtype asked for; otherwise a converted copy, whose
+    going stale is noticed.
+    """
+
+    name = "reference"
+
+    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype):
+        self.model, self.plan, self.device, self.dtype = model, plan, device, dtype
+        self._converted = model.device != device or model.dtype != dtype
+        self.refresh()
+
+    def refresh(self) -> None:
+        source = self.model.module
+        self._module = copy.deepcopy(source).to(self.device, self.dtype) if self._converted else source
+        self._fingerprint = _fingerprint(source)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self._check_module()
+        return self._forward(x.to(self.device), t.to(self.device), y.to(self.device)).float()
+
+    @torch.no_grad()
+    def run(self, request: Request) -> Tensor:
+        self._check_module()
+        plan, rows, shape = self.plan, self.plan.rows, self.model.shape
+        labels, null = self._conditions(request.labels)
+        scale = request.scale.to(self.device, torch.float64)
+
+        def noise(given: Tensor | None, step: int) -> Tensor:
+            z = given if given is not None else normal(request.seeds, request.indices, step, shape)
+            return z.to(self.device, torch.float64)
+
+        x = plan.init_scale * noise(request.x_T, INITIAL_STEP)
+        x0_prev = torch.zeros_like(x)
+        for i in range(plan.steps):
+            out, v = self._predict(x, i, labels, null if request.guided[i] else None, scale[i])
+            x0 = rows.x0_x[i] * x + rows.x0_out[i] * out
+            if plan.clip:
+                x0 = x0.clamp(-1, 1)
+            x = rows.c_x[i] * x + rows.c_out[i] * out + rows.c_x0[i] * x0 + rows.c_prev[i] * x0_prev
+            if rows.c_noise[i]:
+                z = noise(None if request.noise is None else request.noise[i], i + 1)
+                x = x + rows.c_noise[i] * self._deviation(v, i) * z
+            x0_prev = x0
+        return x.float()
+
+    def _predict(self, x: Tensor, i: int, labels: Tensor, null: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(prediction, v) of step i, guided unless `null` is None; v has no channels where the variance is not learned."""
+        C, rows = self.model.shape[0], 1 if null is None else 2
+        t_dtype = torch.int64 if self.plan.whole_timesteps else torch.float32
+        t = torch.full((rows * len(x),), self.plan.timesteps[i], dtype=t_dtype, device=self.device)
+        if null is None:
+            output = self._forward(x, t, labels)
+            return output[:, :C], output[:, C:]
+        cond, uncond = self._forward(torch.cat([x, x]), t, torch.cat([labels, null])).chunk(2)
+        k = self.plan.guidance.channels or C
+        guided = self.plan.guidance.combine(cond[:, :k], uncond[:, :k], scale)
+        return torch.cat([guided, cond[:, k:C]], dim=1), cond[:, C:]
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return call_module(self._module, x.to(self.dtype), t, y).double()
+
+    def _deviation(self, v: Tensor, i: int) -> Tensor | float:
+        """exp(log_var / 2) of a learned variance, interpolated by v; 1 where the plan fixes the variance."""
+        log_min, log_max = self.plan.rows.log_var_min, self.plan.rows.log_var_max
+        if log_min is None or log_max is None:
+            return 1.0
+        fraction = (v + 1) / 2
+        return torch.exp(0.5 * (fraction * log_max[i] + (1 - fraction) * log_min[i]))
+
+    def _conditions(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(labels, null labels), one a row; embeddings take the module's dtype."""
+        labels = labels.to(self.device)
+        if labels.is_floating_point():
+            labels = labels.to(self.dtype)
+        if self.model.null_label is None:
+            return labels, None
+        null = torch.as_tensor(self.model.null_label, dtype=labels.dtype, device=self.device)
+        return labels, null.expand_as(labels).contiguous()
+
+    def _check_module(self) -> None:
+        if any(module.training for module in self._module.modules()):
+            raise Error("the model is in training mode, where dropout would act on samples: call model.eval() first")
+        if self._converted and _fingerprint(self.model.module) != self._fingerprint:
+            raise Error("the model's weights changed since the sampler copied them: call sampler.refresh()")
+
+
+def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes whenever a weight is replaced or written in place (torch counts writes in `_version`)."""
+    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))

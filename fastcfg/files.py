@@ -1,0 +1,73 @@
+"""Writing files whole or not at all, and reading safetensors with one clear error."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastcfg.errors import Error
+
+
+def check_writable(path: Path) -> None:
+    """Raises Error unless a file can be made at `path`: for asking before the work rather than after it."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise Error(f"cannot write {path}: the folder {folder} does not exist")
+    if path.is_dir():
+        raise Error(f"cannot write {path}: it is a folder")
+    try:
+        # Permission bits do not tell all (read-only mounts, root): only making a file does.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Error(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is synced and renamed to `path`, otherwise removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise Error(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write(temporary)` and moves the result to `path`."""
+    check_writable(path)
+    with replacing(path) as temporary:
+        write(temporary)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+    write_file(path, lambda temporary: temporary.write_bytes(data))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file."""
+    if not path.is_file():
+        raise Error(f"no file at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise Error(f"{path} is not a whole safetensors file: {error}") from error

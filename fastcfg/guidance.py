@@ -1,0 +1,129 @@
+"""Classifier-free guidance: what it does to the two predictions, and in which steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastcfg.errors import Error
+from fastcfg.schedules import Array
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Guidance only in part of the run (Kynkaanniemi et al. 2404.07724).
+
+    unit "timestep": for lo <= t <= hi, in training timesteps. unit "sigma": for sigma / alpha in (lo, hi], as in the paper.
+    """
+
+    lo: float
+    hi: float
+    unit: str = "timestep"
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("timestep", "sigma"):
+            raise Error(f"interval: unit must be 'timestep' or 'sigma', got {self.unit!r}")
+        for value in (self.lo, self.hi):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise Error(f"interval: bounds must be numbers of at least 0, got {value!r}")
+        if self.lo > self.hi or (self.unit == "sigma" and self.lo == self.hi):
+            raise Error(f"interval: the lower bound comes first and below the upper, got {self.lo} to {self.hi}")
+
+    @classmethod
+    def parse(cls, value: Any) -> Interval | None:
+        """None, an Interval, a pair of timesteps, or text: "100:261" (timesteps), "sigma:0.34:1.02"."""
+        if value is None or isinstance(value, Interval):
+            return value
+        form = 'want two timesteps (100, 261), "100:261", "sigma:0.34:1.02" or fastcfg.Interval'
+        unit, bounds = "timestep", value
+        if isinstance(value, str):
+            *head, first, second = value.split(":") if value.count(":") in (1, 2) else ("", "", "")
+            unit, bounds = (head[0] if head else unit), (first, second)
+        try:
+            lo, hi = (float(bound) for bound in bounds)
+        except (TypeError, ValueError):
+            raise Error(f"interval: {form}, got {value!r}") from None
+        return cls(lo, hi, unit)
+
+    def contains(self, timesteps: Array, noise_ratio: Array) -> NDArray[np.bool_]:
+        """Which steps are inside, bool [steps]."""
+        if self.unit == "sigma":
+            return (noise_ratio > self.lo) & (noise_ratio <= self.hi)
+        return (timesteps >= self.lo) & (timesteps <= self.hi)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the conditional and the null prediction become one.
+
+    scale: s of eps_null + s (eps_y - eps_null); s = 1 is off. A number, one per row [B], or one per step [steps, 1] or
+    [steps, B] in executed order (noisiest first). The paper's w is s - 1: `Guidance.from_w`.
+    interval: guide only there; elsewhere the conditional prediction stands. rescale: phi in [0, 1] (Lin et al. 2305.08891,
+    section 3.4). channels: guide only the first this many channels, as the official DiT does with 3; None guides all.
+    """
+
+    scale: Any = 1.0
+    interval: Interval | None = None
+    rescale: float = 0.0
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "interval", Interval.parse(self.interval))
+        object.__setattr__(self, "scale", _checked_scale(self.scale))
+        phi, channels = self.rescale, self.channels
+        if isinstance(phi, bool) or not isinstance(phi, (int, float)) or not 0 <= phi <= 1:
+            raise Error(f"rescale must be a number in [0, 1], got {phi!r}")
+        if channels is not None and (not isinstance(channels, int) or isinstance(channels, bool) or channels < 1):
+            raise Error(f"guidance_channels must be None (all) or a whole number of at least 1, got {channels!r}")
+
+    @classmethod
+    def from_w(cls, w: Any, **others: Any) -> Guidance:
+        """The paper's form, (1 + w) eps_y - w eps_null: s = 1 + w."""
+        return cls(scale=_checked_scale(w, name="w", least=0.0) + 1.0, **others)
+
+    def table(self, steps: int, rows: int) -> Tensor:
+        """The scale of every step and row, float32 [steps, rows]."""
+        scale = np.asarray(self.scale)
+        if scale.ndim == 1 and len(scale) != rows:
+            raise Error(f"scale has one value a row: {len(scale)} values arrived for {rows} rows")
+        if scale.ndim == 2 and (scale.shape[0] != steps or scale.shape[1] not in (1, rows)):
+            raise Error(f"scale per step must be [{steps}, 1] or [{steps}, {rows}], got {list(scale.shape)}")
+        return torch.from_numpy(np.broadcast_to(scale, (steps, rows)).astype(np.float32))
+
+    def combine(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
+        """The guided prediction. cond, null: [B, C, ...]; scale: [B]. Rows with scale 1 are `cond` to the bit."""
+        scale = scale.view(-1, *[1] * (cond.ndim - 1))
+        guided = null + scale * (cond - null)
+        if self.rescale:
+            guided = self.rescale * guided * (_std(cond) / _std(guided)) + (1 - self.rescale) * guided
+        return torch.where(scale == 1, cond, guided)
+
+
+def _std(x: Tensor) -> Tensor:
+    """Unbiased standard deviation of each sample, [B, 1, ...]."""
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array:
+    """`scale` as float64 of rank 0, 1 or 2, every value finite and at least `least`."""
+    if isinstance(scale, Tensor):
+        scale = scale.detach().cpu().double().numpy()
+    try:
+        values = np.asarray(scale)
+        if values.dtype == bool or values.dtype.kind not in "iuf":
+            raise TypeError
+        values = values.astype(np.float64)
+    except (TypeError, ValueError):
+        raise Error(f"{name} must be a number or numbers, got {scale!r}") from None
+    if values.ndim > 2 or values.size == 0:
+        raise Error(f"{name} must be a number, one per row, or one per step and row, got shape {list(values.shape)}")
+    if not np.all(np.isfinite(values)) or values.min() < least:
+        worst = values[~np.isfinite(values)] if not np.all(np.isfinite(values)) else [values.min()]
+        note = "" if name == "w" else " (1 is no guidance; the paper's w is scale - 1)"
+        raise Error(f"{name} must be finite and at least {least:g}{note}, got {worst[0]}")
+    return values

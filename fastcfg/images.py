@@ -1,0 +1,93 @@
+"""From samples to files: uint8 pixels, labelled PNG grids, npz in the ADM layout, safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fastcfg.errors import Error, missing_extra
+from fastcfg.files import write_file, write_safetensors
+
+SUFFIXES = (".png", ".npz", ".safetensors")
+
+
+def to_uint8(x: Tensor) -> NDArray[np.uint8]:
+    """Pixels of samples in [-1, 1], [N, C, H, W] -> uint8 [N, H, W, C]: clamp(127.5 x + 128) truncated, as the official DiT."""
+    pixels = (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def decode(latents: Tensor, vae_folder: str | Path, batch: int = 8) -> Tensor:
+    """Pixels in [-1, 1], [N, 3, 8H, 8W], of latents [N, 4, H, W], by the diffusers AutoencoderKL saved in `vae_folder`.
+
+    Latents are divided by the VAE's own scaling factor (0.18215 for DiT's). Needs the extra `diffusers`.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise missing_extra("diffusers", "decoding latents", error) from error
+    if not Path(vae_folder).is_dir():
+        raise Error(f"no VAE at {vae_folder}: want the folder of a diffusers AutoencoderKL")
+    try:
+        vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).to(latents.device).eval()
+    except (OSError, ValueError) as error:
+        raise Error(f"{vae_folder} holds no diffusers AutoencoderKL: {str(error).splitlines()[0]}") from error
+    if vae.config["latent_channels"] != latents.shape[1]:
+        raise Error(f"the VAE decodes {vae.config['latent_channels']} channels, the latents have {latents.shape[1]}")
+    with torch.no_grad():
+        parts = [vae.decode(z / vae.config["scaling_factor"]).sample for z in latents.to(vae.dtype).split(batch)]
+    return torch.cat(parts)
+
+
+def save_npz(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
+    """The layout of ADM's sample files: arr_0 uint8 [N, H, W, C], arr_1 int64 [N]."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # an open file keeps numpy from adding a suffix
+            np.savez(file, arr_0=images, arr_1=labels)
+
+    write_file(path, write)
+
+
+def save_samples(path: Path, samples: Tensor, labels: Tensor, scales: Tensor, seed: int, metadata: dict[str, str]) -> None:
+    """float32 samples (or latents) [N, C, H, W] with labels [N], scales [N]; seed and metadata as strings beside them."""
+    write_safetensors(path, {"samples": samples, "labels": labels, "scales": scales}, {"seed": str(seed), **metadata})
+
+
+def save_grid(
+    path: Path,
+    images: NDArray[np.uint8],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str = "",
+    cell: int = 64,
+) -> None:
+    """A PNG of images [R * C, H, W, channels], row by row, with a name beside each row and above each column.
+
+    cell: least width of a cell in pixels; images are enlarged by whole factors, pixel for pixel.
+    """
+    height, width = images.shape[1:3]
+    factor = max(1, -(-cell // width))
+    font = ImageFont.load_default(size=13)
+    gap, head = 4, (22 if title else 0) + 20
+    left = 8 + max((int(font.getlength(name)) for name in rows), default=0) + 8
+    step_x, step_y = width * factor + gap, height * factor + gap
+    canvas = Image.new("RGB", (left + len(columns) * step_x, head + len(rows) * step_y), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((8, 4), title, fill="black", font=font)
+    for c, name in enumerate(columns):
+        draw.text((left + c * step_x + width * factor / 2, head - 10), name, fill="black", font=font, anchor="mm")
+    for r, name in enumerate(rows):
+        y = head + r * step_y
+        draw.text((left - 8, y + height * factor / 2), name, fill="black", font=font, anchor="rm")
+        for c in range(len(columns)):
+            pixels = images[r * len(columns) + c]
+            image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3])
+            canvas.paste(image.resize((width * factor, height * factor), Image.Resampling.NEAREST), (left + c * step_x, y))
+    write_file(path, lambda temporary: canvas.save(temporary, format="PNG"))

@@ -1,0 +1,165 @@
+"""A network together with how its inputs and output are to be read: what a sampler needs to know of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcfg.errors import Error
+from fastcfg.models.dit import DiT
+from fastcfg.schedules import Schedule, linear
+from fastcfg.schedules import schedule as find_schedule
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """module(x [N, C, H, W], t [N], y [N, ...]) -> [N, C or 2C, H, W], and the conventions it was trained with.
+
+    shape: (C, H, W) of a sample. null_label: the y that stands for no condition: a whole number, or a tensor where y is an
+    embedding; None for a model that has none, which can be sampled at scale 1 only. num_classes: valid labels are
+    0..num_classes-1; None where y is an embedding. learned_variance: channels C.. are v (2102.09672). clip: whether x0 is
+    clipped to [-1, 1] unless the caller says otherwise (pixel models). latent: samples are a VAE's latents.
+    """
+
+    module: nn.Module
+    shape: tuple[int, int, int]
+    null_label: int | Tensor | None
+    num_classes: int | None
+    schedule: Schedule = field(default_factory=linear)
+    predicts: str = "eps"
+    learned_variance: bool = False
+    clip: bool = False
+    latent: bool = False
+    label_names: tuple[str, ...] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def call_module(module: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """module(x, t, y), taking the `.sample` that diffusers' models wrap their output in."""
+    output = module(x, t, y)
+    return getattr(output, "sample", output)
+
+
+def as_denoiser(
+    model: nn.Module | Denoiser,
+    *,
+    schedule: str | Schedule | None = None,
+    predicts: str | None = None,
+    null_label: int | Tensor | None = None,
+    num_classes: int | None = None,
+    shape: tuple[int, int, int] | None = None,
+) -> Denoiser:
+    """`model` as a Denoiser. For a Denoiser or our DiT all is known, and the arguments override; any other module is
+    read as far as its `config` tells (diffusers), and tried once on one row, so that what does not fit is said here.
+    """
+    if isinstance(model, Denoiser):
+        known = model
+    elif isinstance(model, DiT):
+        known = describe_dit(model)
+    elif isinstance(model, nn.Module):
+        known = _describe_foreign(model, shape, null_label, num_classes)
+    else:
+        raise Error(f"model must be a torch.nn.Module or what fastcfg.load returns, got {type(model).__name__}")
+    changes: dict[str, Any] = {
+        "schedule": None if schedule is None else find_schedule(schedule),
+        "predicts": predicts,
+        "null_label": null_label,
+        "num_classes": num_classes,
+        "shape": None if shape is None else _checked_shape(shape),
+    }
+    described = replace(known, **{name: value for name, value in changes.items() if value is not None})
+    _check_null_label(described)
+    if shape is not None and shape != known.shape:
+        raise Error(f"shape {tuple(shape)} asked, but the model's samples are {known.shape} (C, H, W)")
+    return described if isinstance(model, (Denoiser, DiT)) else _probe(described)
+
+
+def describe_dit(model: DiT, **others: Any) -> Denoiser:
+    """A DiT as its config describes it; the schedule is DiT's linear one unless given."""
+    config = model.config
+    return Denoiser(
+        module=model,
+        shape=(config.in_channels, config.input_size, config.input_size),
+        null_label=config.null_label,
+        num_classes=config.num_classes,
+        learned_variance=config.learn_sigma,
+        **others,
+    )
+
+
+def _describe_foreign(
+    module: nn.Module, shape: tuple[int, int, int] | None, null_label: int | Tensor | None, num_classes: int | None
+) -> Denoiser:
+    config = getattr(module, "config", None)
+    if not isinstance(config, Mapping):
+        config = {}
+    if shape is None:
+        channels, size = config.get("in_channels"), config.get("sample_size")
+        if channels is None or size is None:
+            raise Error(f"{type(module).__name__} does not say the shape of its samples: pass shape=(C, H, W)")
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (channels, height, width)
+    if null_label is None:
+        null_label = config.get("num_embeds_ada_norm")  # diffusers' DiT keeps one row more than it has classes
+    if null_label is None:
+        raise Error(f"{type(module).__name__} does not say which label means 'no condition': pass null_label=")
+    if num_classes is None and isinstance(null_label, int):
+        num_classes = null_label
+    return Denoiser(module=module, shape=_checked_shape(shape), null_label=null_label, num_classes=num_classes)
+
+
+def _checked_shape(shape: Any) -> tuple[int, int, int]:
+    try:
+        channels, height, width = (int(n.__index__()) for n in shape)
+    except (TypeError, ValueError, AttributeError):
+        raise Error(f"shape must be three whole numbers (C, H, W), got {shape!r}") from None
+    if min(channels, height, width) < 1:
+        raise Error(f"shape must be positive (C, H, W), got {shape!r}")
+    return channels, height, width
+
+
+def _check_null_label(model: Denoiser) -> None:
+    null = model.null_label
+    if null is None or isinstance(null, Tensor):
+        return
+    if isinstance(null, bool) or not isinstance(null, int) or null < 0:
+        raise Error(f"null_label must be a whole number of at least 0 or a tensor, got {null!r}")
+    if isinstance(model.module, DiT):
+        rows = model.module.y_embedder.embedding_table.num_embeddings
+        if null >= rows:
+            raise Error(f"null_label {null} asked, but the model's label table has rows 0..{rows - 1}")
+
+
+@torch.no_grad()
+def _probe(model: Denoiser) -> Denoiser:
+    """Tries the module on one row of zeros with the null label; learns from its output whether it has variance channels."""
+    x = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
+    t = torch.zeros(1, dtype=torch.int64, device=model.device)
+    null = torch.as_tensor(model.null_label, device=model.device)[None]
+    try:
+        output = call_module(model.module, x, t, null)
+    except Exception as error:  # any module, any failure: what matters is that it came before the work
+        raise Error(
+            f"{type(model.module).__name__} could not be called as module(x {list(x.shape)}, t [1], y = null label "
+            f"{model.null_label if isinstance(model.null_label, int) else list(null.shape)}): {error}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise Error(f"{type(model.module).__name__} must return a tensor or have one as .sample, got {type(output).__name__}")
+    channels, *size = model.shape
+    if list(output.shape[2:]) != size or output.shape[1] not in (channels, 2 * channels):
+        raise Error(
+            f"the module turned x {list(x.shape)} into {list(output.shape)}: want {channels} or {2 * channels} channels"
+        )
+    return replace(model, learned_variance=output.shape[1] == 2 * channels)

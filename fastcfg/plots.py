@@ -1,0 +1,131 @@
+"""Pictures of what guidance does and how training goes. Needs the extra `plot` (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastcfg.errors import Error, missing_extra
+from fastcfg.files import write_file
+from fastcfg.noise import INITIAL_STEP, normal
+
+if TYPE_CHECKING:
+    from fastcfg.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Guidance in the plane through the origin spanned by eps_null and eps_y, in the coordinates of an orthonormal basis.
+
+    null, cond: [2]. guided: [S, 2], the extrapolated points for `scales`. cosine: between eps_null and eps_y - eps_null.
+    """
+
+    null: Tensor
+    cond: Tensor
+    guided: Tensor
+    scales: tuple[float, ...]
+    cosine: float
+
+
+def guidance_geometry(eps_null: Tensor, eps_y: Tensor, scales: Sequence[float]) -> Geometry:
+    """Projects eps_null + s (eps_y - eps_null) on the plane of the two predictions: nothing is lost, it all lies there."""
+    null, cond = eps_null.flatten().double(), eps_y.flatten().double()
+    first = null / null.norm()
+    rest = cond - (cond @ first) * first
+    if rest.norm() <= 1e-12 * null.norm():
+        raise Error("eps_null and eps_y are parallel: they span no plane")
+    basis = torch.stack([first, rest / rest.norm()])
+    a, b = basis @ null, basis @ cond
+    difference = cond - null
+    cosine = (null @ difference / (null.norm() * difference.norm())).item()
+    guided = torch.stack([a + s * (b - a) for s in scales])
+    return Geometry(a, b, guided, tuple(scales), cosine)
+
+
+def plot_geometry(
+    sampler: Sampler, x0: Tensor, label: int, t: int, scales: Sequence[float], seed: int, path: Path, title: str
+) -> Geometry:
+    """Noises x0 [C, H, W] to timestep t, asks the model for eps_null and eps_y there, draws both and what guidance makes of
+    them, with the images of x0 that each stands for.
+    """
+    plt = _pyplot()
+    schedule = sampler.model.schedule
+    if sampler.model.predicts != "eps":
+        raise Error(f"the picture is of eps predictions, but the model predicts {sampler.model.predicts}")
+    if not 0 <= t < schedule.T:
+        raise Error(f"timestep {t} is out of range: 0..{schedule.T - 1}")
+    alpha, sigma = float(schedule.alpha[t]), float(schedule.sigma[t])
+    x_t = alpha * x0 + sigma * normal([seed], [0], INITIAL_STEP, x0.shape)[0]
+    times = torch.tensor([t])
+    eps_y = sampler.predict(x_t[None], times, [label])[0].cpu()[: len(x0)]
+    eps_null = sampler.predict(x_t[None], times, None)[0].cpu()[: len(x0)]
+    geometry = guidance_geometry(eps_null, eps_y, scales)
+
+    figure, (plane, strip) = plt.subplots(2, 1, figsize=(8, 7.2), height_ratios=(2.6, 1), layout="constrained")
+    _draw_plane(plane, geometry)
+    plane.set_title(
+        f"{title}, t = {t}: the plane of eps_null and eps_y\ncos(eps_null, eps_y - eps_null) = {geometry.cosine:.3f}"
+    )
+    guesses = [(x_t - sigma * eps) / alpha for eps in (eps_null, *(eps_null + s * (eps_y - eps_null) for s in scales))]
+    names = ["x_t", "x0 | null", *(f"x0, s = {s:g}" for s in scales)]
+    _draw_strip(strip, [x_t, *guesses], names)
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+    return geometry
+
+
+def _draw_plane(axes: Any, geometry: Geometry) -> None:
+    null, cond = geometry.null.tolist(), geometry.cond.tolist()
+    end = geometry.guided[-1].tolist()
+    arrow = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.004}
+    # The two predictions are long and nearly parallel: the picture is of their ends, the origin is far below.
+    axes.plot([null[0], end[0]], [null[1], end[1]], color="0.75", linestyle="--", zorder=1)
+    axes.quiver(*null, cond[0] - null[0], cond[1] - null[1], color="tab:red", label="eps_y - eps_null", zorder=3, **arrow)
+    axes.scatter(*null, color="tab:blue", s=60, zorder=4, label="eps_null (s = 0)")
+    axes.scatter(*cond, color="tab:green", s=60, zorder=4, label="eps_y (s = 1)")
+    for s, (x, y) in zip(geometry.scales, geometry.guided.tolist(), strict=True):
+        axes.scatter(x, y, color="tab:purple", marker="x", zorder=3)
+        axes.annotate(f"s = {s:g}", (x, y), xytext=(6, -12), textcoords="offset points")
+    axes.set_xlabel("along eps_null")
+    axes.set_ylabel("across it, towards eps_y")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+
+
+def _draw_strip(axes: Any, images: Sequence[Tensor], names: Sequence[str]) -> None:
+    axes.set_axis_off()
+    width = 1 / len(images)
+    for i, (image, name) in enumerate(zip(images, names, strict=True)):
+        inset = axes.inset_axes((i * width, 0, width * 0.94, 0.94))
+        pixels = ((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
+        inset.imshow(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+        inset.set_title(name, fontsize=8)
+        inset.set_axis_off()
+
+
+def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:
+    """The training loss over steps, logarithmic."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training loss")
+    axes.grid(alpha=0.3, which="both")
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise missing_extra("plot", "plotting", error) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

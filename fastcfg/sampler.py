@@ -1,0 +1,236 @@
+"""The thin API: a sampler is a model, a plan and an engine; calling it turns labels, scales and seeds into samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastcfg.engines import Request, make_engine
+from fastcfg.errors import Error
+from fastcfg.explain import Explanation, explain
+from fastcfg.guidance import Guidance, Interval
+from fastcfg.models.denoiser import Denoiser, as_denoiser
+from fastcfg.noise import as_seed
+from fastcfg.plan import make_plan
+from fastcfg.schedules import Schedule
+
+
+class Sampler:
+    """Guided sampling from `model`: a Denoiser (what `fastcfg.load` returns), a DiT, or any module(x, t, y).
+
+    Fixed when it is made: steps, solver ("ddim", "ddpm", "dpmpp_2m", "euler"), spacing, eta, variance, clip (None: the
+    model's default; False, True, "keep_eps"), interval, rescale, guidance_channels (see `fastcfg.Guidance`), batch, device,
+    dtype, engine. For a module that is not ours: schedule, predicts, null_label, num_classes and shape (C, H, W) say how it
+    was trained. Labels, scale and seeds change from call to call at no cost.
+
+    variance: DDPM's; None takes the learned range where the model has one, else the posterior's.
+    Raises Error, before any work, for whatever cannot be done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Denoiser,
+        *,
+        steps: int = 50,
+        solver: str = "ddim",
+        spacing: str | Sequence[float] = "dit",
+        eta: float = 0.0,
+        variance: str | None = None,
+        clip: bool | str | None = None,
+        interval: Interval | tuple[float, float] | str | None = None,
+        rescale: float = 0.0,
+        guidance_channels: int | None = None,
+        batch: int = 16,
+        device: str = "auto",
+        dtype: str = "auto",
+        engine: str = "auto",
+        schedule: str | Schedule | None = None,
+        predicts: str | None = None,
+        null_label: int | Tensor | None = None,
+        num_classes: int | None = None,
+        shape: tuple[int, int, int] | None = None,
+    ):
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+            raise Error(f"batch must be a whole number of at least 1, got {batch!r}")
+        self.model = as_denoiser(
+            model, schedule=schedule, predicts=predicts, null_label=null_label, num_classes=num_classes, shape=shape
+        )
+        self.batch = batch
+        self.guidance = Guidance(interval=interval, rescale=rescale, channels=guidance_channels)  # type: ignore[arg-type]
+        if guidance_channels is not None and guidance_channels > self.model.shape[0]:
+            raise Error(f"guidance_channels {guidance_channels} asked, but samples have {self.model.shape[0]} channels")
+        if variance is None:
+            variance = "learned_range" if solver == "ddpm" and self.model.learned_variance else "posterior"
+        if variance == "learned_range" and not self.model.learned_variance:
+            raise Error("variance 'learned_range' asked, but the model predicts no variance: use 'posterior'")
+        self.plan = make_plan(
+            self.model.schedule,
+            steps=steps,
+            solver=solver,
+            spacing=spacing,
+            predicts=self.model.predicts,
+            eta=eta,
+            variance=variance,
+            clip=self.model.clip if clip is None else clip,
+            guidance=self.guidance,
+        )
+        self.engine = make_engine(engine, self.model, self.plan, device, dtype)
+        self.last_seconds: float | None = None  # wall time of the last batch, for explain()
+
+    def __call__(
+        self,
+        labels: Sequence[int] | Tensor,
+        scale: Any = None,
+        seeds: int | Sequence[int] | Tensor = 0,
+        *,
+        w: Any = None,
+        indices: Sequence[int] | Tensor | None = None,
+        x_T: Tensor | None = None,
+        noise: Tensor | None = None,
+        on_batch: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Samples, float32 [B, C, H, W] on the engine's device; the tensor is the caller's.
+
+        labels: B whole numbers in 0..num_classes-1 (embeddings [B, ...] where the null label is one). scale: s, a number,
+        [B], or [steps, 1] / [steps, B] (see `Guidance`); w = s - 1 may be given instead; 1 if neither. seeds: one number,
+        whose sample i uses (seed, index i), or B numbers, each used with index 0; `indices` [B] says other indices.
+        x_T [B, C, H, W], noise [steps, B, C, H, W] (executed order): given noise in place of drawn.
+        on_batch(n) is called after each batch with the number of samples it finished.
+        Any number of rows: they are split and padded to `batch`, which changes no bit of a sample.
+        """
+        y = self._labels(labels)
+        rows = len(y)
+        guidance = self._guidance(scale, w)
+        table = guidance.table(self.plan.steps, rows)
+        guided = (table != 1).numpy() & self.plan.guided[:, None]
+        if self.model.null_label is None and guided.any():
+            raise Error("the model has no null label (trained without label dropout): only scale 1 can be sampled")
+        seed, index = _counters(seeds, indices, rows)
+        self._check_given(x_T, noise, rows)
+        result = torch.empty(rows, *self.model.shape, device=self.engine.device)
+        for part, pattern in _batches(guided, self.batch):
+            padded = torch.cat([part, part[-1:].expand(self.batch - len(part))])
+            request = Request(
+                labels=y[padded],
+                scale=table[:, padded],
+                guided=pattern,
+                seeds=seed[padded],
+                indices=index[padded],
+                x_T=None if x_T is None else x_T[padded.to(x_T.device)],
+                noise=None if noise is None else noise[:, padded.to(noise.device)],
+            )
+            begin = time.perf_counter()
+            result[part.to(result.device)] = self.engine.run(request)[: len(part)]
+            self.last_seconds = time.perf_counter() - begin
+            if on_batch is not None:
+                on_batch(len(part))
+        return result
+
+    def predict(self, x: Tensor, t: Tensor, labels: Sequence[int] | Tensor | None) -> Tensor:
+        """The network's output as the engine computes it, float32 [N, C or 2C, H, W].
+
+        x: [N, C, H, W] at noise level t: [N], as the model counts timesteps. labels: [N], or None for the null label.
+        """
+        N = len(x)
+        if tuple(x.shape[1:]) != self.model.shape or tuple(t.shape) != (N,):
+            raise Error(f"want x [N, {', '.join(map(str, self.model.shape))}] and t [N], got {list(x.shape)}, {list(t.shape)}")
+        if labels is not None:
+            y = self._labels(labels)
+        elif self.model.null_label is None:
+            raise Error("the model has no null label: labels must be given")
+        else:
+            null = torch.as_tensor(self.model.null_label)
+            y = null.expand(N, *null.shape)
+        if len(y) != N:
+            raise Error(f"labels has one value a row: {len(y)} arrived for {N} rows")
+        return self.engine.forward(x, t, y)
+
+    def explain(self) -> Explanation:
+        """The plan, the forwards, FLOPs and bytes of a batch; print it, or read its fields."""
+        return explain(self)
+
+    def refresh(self) -> None:
+        """Makes the next call use weights that were changed in place since the sampler was made."""
+        self.engine.refresh()
+
+    def _labels(self, labels: Any) -> Tensor:
+        null = self.model.null_label
+        if isinstance(null, Tensor):
+            y = torch.as_tensor(labels)
+            if y.ndim != null.ndim + 1 or y.shape[1:] != null.shape or not len(y):
+                raise Error(f"labels must be embeddings [B, {', '.join(map(str, null.shape))}], got {list(y.shape)}")
+            return y
+        try:
+            array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        except ValueError:
+            raise Error(f"labels must be whole numbers [B], got {labels!r}") from None
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+            raise Error(f"labels must be whole numbers [B], at least one, got {array.dtype} {list(array.shape)}")
+        last = (self.model.num_classes or 0) - 1
+        wrong = array[(array < 0) | (array > last)]
+        if len(wrong):
+            raise Error(f"label {wrong[0]} is out of range: the model's labels are 0..{last}")
+        return torch.from_numpy(array.astype(np.int64))
+
+    def _guidance(self, scale: Any, w: Any) -> Guidance:
+        if scale is not None and w is not None:
+            raise Error("give the guidance strength once: scale, or w = scale - 1")
+        if w is not None:
+            scale = Guidance.from_w(w).scale
+        return replace(self.guidance, scale=1.0 if scale is None else scale)
+
+    def _check_given(self, x_T: Any, noise: Any, rows: int) -> None:
+        shape = (rows, *self.model.shape)
+        for name, value, want in (("x_T", x_T, shape), ("noise", noise, (self.plan.steps, *shape))):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise Error(f"{name} must be a floating-point tensor {list(want)}, got {type(value).__name__}")
+            if tuple(value.shape) != want:
+                raise Error(f"{name} must be {list(want)}, got {list(value.shape)}")
+
+
+def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
+    """Splits rows into batches that are guided in the same steps: (row numbers, those steps [steps]).
+
+    guided: [steps, rows]. A row then never pays for a neighbour's null forward, nor does its arithmetic depend on it.
+    """
+    patterns, kind = np.unique(guided, axis=1, return_inverse=True)
+    for k in range(patterns.shape[1]):
+        for part in torch.from_numpy(np.flatnonzero(kind.reshape(-1) == k)).split(batch):
+            yield part, patterns[:, k]
+
+
+def _counters(seeds: Any, indices: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(seed, index) of every row, int64 [B] each."""
+    one = as_seed(seeds) if not isinstance(seeds, Tensor) or seeds.ndim == 0 else None
+    if one is not None:
+        seed = np.full(rows, one)
+        index = np.arange(rows)
+    else:
+        seed = _whole_numbers("seeds", seeds, rows)
+        index = np.zeros(rows, np.int64)
+    if indices is not None:
+        index = _whole_numbers("indices", indices, rows)
+        if index.min() < 0:
+            raise Error(f"indices must be at least 0, got {index.min()}")
+    return seed, index
+
+
+def _whole_numbers(name: str, values: Any, rows: int) -> NDArray[np.int64]:
+    try:
+        numbers = [as_seed(value) for value in values]
+    except TypeError:
+        numbers = [None]
+    if any(number is None for number in numbers):
+        raise Error(f"{name} must be whole numbers of up to 64 bits, one or one per row, got {values!r}")
+    if len(numbers) != rows:
+        raise Error(f"{name} has one number a row: {len(numbers)} arrived for {rows} rows")
+    return np.asarray(numbers, np.int64)

@@ -1,0 +1,127 @@
+"""Class-conditional data sets as arrays in memory: IDX files, an npz, or a folder of images by class."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastcfg.errors import Error, missing_extra
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FASHION_MNIST_LABELS = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """images: uint8 [N, C, H, W], H = W. labels: int64 [N] in 0..len(label_names)-1."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    label_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[2] != self.images.shape[3]:
+            raise Error(f"images must be square, [N, C, H, W], got shape {list(self.images.shape)}")
+        if len(self.images) != len(self.labels) or not len(self.images):
+            raise Error(f"need one label an image: {len(self.images)} images, {len(self.labels)} labels")
+        if self.labels.min() < 0 or self.labels.max() >= len(self.label_names):
+            raise Error(f"labels must lie in 0..{len(self.label_names) - 1}, got {self.labels.min()} to {self.labels.max()}")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.label_names)
+
+
+def load_data(path: str | Path, split: str = "train") -> ImageData:
+    """Reads `path`: a folder with IDX files (`train-images-idx3-ubyte[.gz]` ...), an npz, or a folder of class folders.
+
+    npz: `images` or `arr_0` uint8 [N, H, W, C] or [N, H, W], `labels` or `arr_1` [N], optional `label_names`.
+    split: "train" or "test"; only IDX folders tell them apart.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".npz":
+        return _load_npz(path)
+    if not path.is_dir():
+        raise Error(f"no data at {path}: want a folder of IDX files, a folder of class folders, or an .npz")
+    if any(path.glob("*-idx3-ubyte*")):
+        return _load_idx(path, split)
+    return _load_folder(path)
+
+
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """One IDX file of bytes (LeCun's format: two zero bytes, type 8, rank, big-endian sizes, data), gzipped or not."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise Error(f"cannot read {path}: {error}") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
+        raise Error(f"{path} is not an IDX file of unsigned bytes")
+    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != int(np.prod(shape)):
+        raise Error(f"{path} is cut short: its header says {shape}, but {values.size} values follow")
+    return values.reshape(shape).copy()  # the buffer of the file is read-only
+
+
+def _load_idx(folder: Path, split: str) -> ImageData:
+    prefix = {"train": "train", "test": "t10k"}.get(split)
+    if prefix is None:
+        raise Error(f"split must be 'train' or 'test', got {split!r}")
+    files = {kind: sorted(folder.glob(f"{prefix}-{kind}-ubyte*")) for kind in ("images-idx3", "labels-idx1")}
+    for kind, found in files.items():
+        if not found:
+            raise Error(f"{folder} has no {prefix}-{kind}-ubyte or {prefix}-{kind}-ubyte.gz")
+    images, labels = (_read_idx(found[0]) for found in files.values())
+    names = tuple(str(i) for i in range(int(labels.max()) + 1))
+    if "fashion" in folder.name.lower() and len(names) == len(FASHION_MNIST_LABELS):
+        names = FASHION_MNIST_LABELS
+    return ImageData(images[:, None], labels.astype(np.int64), names)
+
+
+def _load_npz(path: Path) -> ImageData:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise Error(f"cannot read {path}: {error}") from error
+    images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
+    if images is None or labels is None:
+        raise Error(f"{path} must hold images (or arr_0) and labels (or arr_1), but holds {sorted(arrays)}")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise Error(f"{path}: images must be uint8 [N, H, W, C] or [N, H, W], got {images.dtype} {list(images.shape)}")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        raise Error(f"{path}: labels must be whole numbers [N], got {labels.dtype} {list(labels.shape)}")
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    names = arrays.get("label_names", np.arange(int(labels.max()) + 1))
+    return ImageData(np.ascontiguousarray(images), labels.astype(np.int64), tuple(str(n) for n in names))
+
+
+def _load_folder(folder: Path) -> ImageData:
+    """Class folders, sorted by name; every image must have the same size and mode."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise missing_extra("train", "reading images", error) from error
+    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    if not classes:
+        raise Error(f"{folder} holds neither IDX files nor class folders of images")
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        for file in sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+            with Image.open(file) as image:
+                pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+            images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+            if images[-1].shape != images[0].shape:
+                raise Error(f"{file} is {images[-1].shape}, but the first image is {images[0].shape} (C, H, W)")
+            labels.append(label)
+    if not images:
+        raise Error(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders")
+    return ImageData(np.stack(images), np.asarray(labels, np.int64), tuple(p.name for p in classes))

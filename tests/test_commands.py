@@ -1,0 +1,90 @@
+"""The command line: what each command prints, writes and exits with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import fastcfg
+from fastcfg.cli import COMMANDS, main
+from fastcfg.files import read_safetensors
+from fastcfg.images import to_uint8
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "plot geometry"])
+def test_help_has_an_example(command: str) -> None:
+    output = run(*command.split(), "--help").output
+    assert f"fastcfg {command}" in output or command == "plot"
+
+
+def test_sample_writes_the_adm_layout_in_the_order_of_labels(tmp_path: Path) -> None:
+    out = tmp_path / "x.npz"
+    run("sample", "--labels", "balanced", "--count", 12, "--scale", "2", "--steps", 3, "--out", out)
+    with np.load(out) as archive:
+        assert set(archive.files) == {"arr_0", "arr_1"}
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (12, 28, 28, 1)
+    assert images.dtype == np.uint8
+    assert labels.tolist() == [*range(10), 0, 1]
+    again = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=3)(labels.tolist(), 2.0, 0)
+    assert np.array_equal(images, to_uint8(again))
+
+
+def test_scales_share_the_noise_of_their_label(tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    run("sample", "--labels", "3,7", "--scale", "1,4", "--steps", 3, "--seed", 5, "--out", out)
+    tensors, metadata = read_safetensors(out)
+    assert tensors["labels"].tolist() == [3, 3, 7, 7]
+    assert tensors["scales"].tolist() == [1, 4, 1, 4]
+    assert metadata["seed"] == "5"
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=3)
+    assert torch.equal(tensors["samples"], sampler([3, 3, 7, 7], [1, 4, 1, 4], 5, indices=[0, 0, 1, 1]))
+
+
+def test_w_is_scale_minus_one(tmp_path: Path) -> None:
+    for name, option in (("a.npz", ("--scale", "2.5")), ("b.npz", ("--w", "1.5"))):
+        run("sample", "--labels", "1", *option, "--steps", 2, "--out", tmp_path / name)
+    with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
+        assert np.array_equal(a["arr_0"], b["arr_0"])
+
+
+@pytest.mark.parametrize(("scale", "cells"), [("1,2,3", (2, 3)), ("2", (2, 1))])
+def test_grid_has_a_cell_for_every_sample(tmp_path: Path, scale: str, cells: tuple[int, int]) -> None:
+    out = tmp_path / "x.png"
+    run("sample", "--labels", "0,9", "--scale", scale, "--steps", 2, "--out", out)
+    with Image.open(out) as image:
+        width, height = image.size
+    # 28 pixels enlarged threefold to at least 64, and a gap of 4
+    assert height == 42 + cells[0] * 88
+    assert cells[1] * 88 < width < cells[1] * 88 + 120
+
+
+def test_explain_counts_rows_in_and_out_of_the_interval() -> None:
+    text = run("explain", "--steps", 5, "--interval", "100:800", "--batch", 4).output
+    data = json.loads(run("explain", "--steps", 5, "--interval", "100:800", "--batch", 4, "--json").output)
+    assert data["guided_steps"] == 3
+    assert data["rows"] == 3 * 8 + 2 * 4
+    assert data["flops"] == data["flops_per_row"] * data["rows"]
+    assert "5 steps of ddim" in text
+    assert "32: 3 guided steps x 8, 2 unguided x 4" in text
+
+
+def test_geometry_is_drawn_from_the_model(tmp_path: Path) -> None:
+    out = tmp_path / "g.png"
+    result = run("plot", "geometry", "--label", 9, "--timestep", 300, "--out", out)
+    cosine = float(result.output.split("=")[1].split(";")[0])
+    assert -1 < cosine < 1
+    with Image.open(out) as image:
+        assert min(image.size) > 400
