@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: sample test lint bench quality clean
 
 sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
-	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --out samples.png
+	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
 
 test: $(INSTALLED)  ## Every test: the package's, then the kernels' under the interpreter in a process of their own.
 	$(BIN)/python -m pytest --ignore tests/kernels

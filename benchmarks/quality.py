@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastcfg
-from fastcfg.metrics.fashion_cnn import judge, load_fashion_cnn
+from fastcfg.metrics.fashion_cnn import FashionCNN, judge, load_fashion_cnn
 from fastcfg.metrics.frechet import frechet_distance, within_class_distance
 from fastcfg.training.data import load_data
 
@@ -71,7 +71,7 @@ def balanced(images: np.ndarray, own: np.ndarray, labels: Tensor) -> np.ndarray:
     return images[[next(position[label]) for label in labels.tolist()]]
 
 
-def row(name: str, images: Tensor, labels: Tensor, network: torch.nn.Module, reference: Tensor) -> dict[str, str]:
+def row(name: str, images: Tensor, labels: Tensor, network: FashionCNN, reference: Tensor) -> dict[str, str]:
     features, predicted = judge(network, images)
     unit = reference.std(dim=0).clamp(min=1e-6)
     return {

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from fastcfg.models.denoiser import call_module
-
-if TYPE_CHECKING:
-    from fastcfg.sampler import Sampler
+from fastcfg.engines.base import Engine
+from fastcfg.models.denoiser import Denoiser, call_module
+from fastcfg.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -56,32 +54,32 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(sampler: Sampler) -> Explanation:
-    """Counts on a copy of the module without data (torch's meta device), so any module can be asked, of any size."""
-    model, plan = sampler.model, sampler.plan
-    flops = count_flops(sampler)
+def explain(model: Denoiser, plan: Plan, engine: Engine, batch: int, last_seconds: float | None) -> Explanation:
+    """The explanation of a sampler made of these; `last_seconds` is what its last batch took."""
+    flops = count_flops(model)
     guided = int(plan.guided.sum()) if model.null_label is not None else 0
-    rows = sampler.batch * (plan.steps + guided)
+    rows = batch * (plan.steps + guided)
     parameters = [*model.module.parameters(), *model.module.buffers()]
     return Explanation(
         plan=str(plan),
-        engine=sampler.engine.name,
-        device=str(sampler.engine.device),
-        dtype=str(sampler.engine.dtype).removeprefix("torch."),
-        batch=sampler.batch,
+        engine=engine.name,
+        device=str(engine.device),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        batch=batch,
         steps=plan.steps,
         guided_steps=guided,
         rows=rows,
         flops_per_row=flops,
         flops=flops * rows,
-        weight_bytes=sum(p.numel() for p in parameters) * sampler.engine.dtype.itemsize,
-        last_seconds=sampler.last_seconds,
+        weight_bytes=sum(p.numel() for p in parameters) * engine.dtype.itemsize,
+        last_seconds=last_seconds,
     )
 
 
-def count_flops(sampler: Sampler) -> int:
-    """FLOPs of the module's forward on one row, counted operation by operation on the meta device."""
-    model = sampler.model
+def count_flops(model: Denoiser) -> int:
+    """FLOPs of the module's forward on one row, operation by operation, on a copy without data (torch's meta device)."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, which importing fastcfg should not
+
     module = copy.deepcopy(model.module).to("meta")
     null = torch.as_tensor(0 if model.null_label is None else model.null_label)
     x = torch.empty(1, *model.shape, device="meta", dtype=model.dtype)

@@ -92,7 +92,7 @@ def _draw_plane(axes: Any, geometry: Geometry) -> None:
         axes.scatter(x, y, color="tab:purple", marker="x", zorder=3)
         axes.annotate(f"s = {s:g}", (x, y), xytext=(6, -12), textcoords="offset points")
     axes.set_xlabel("along eps_null")
-    axes.set_ylabel("across it, towards eps_y")
+    axes.set_ylabel("across it, towards eps_y (another scale)")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")

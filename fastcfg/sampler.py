@@ -154,7 +154,7 @@ class Sampler:
 
     def explain(self) -> Explanation:
         """The plan, the forwards, FLOPs and bytes of a batch; print it, or read its fields."""
-        return explain(self)
+        return explain(self.model, self.plan, self.engine, self.batch, self.last_seconds)
 
     def refresh(self) -> None:
         """Makes the next call use weights that were changed in place since the sampler was made."""

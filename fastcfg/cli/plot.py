@@ -25,7 +25,7 @@ def command() -> None:
 @click.option("--checkpoint", default="fashion-mnist", show_default=True, help="A shipped name or a path.")
 @click.option("--label", default=9, show_default=True, help="The condition y.")
 @click.option("--timestep", default=400, show_default=True, help="Training timestep of x_t.")
-@click.option("--scale", default="2,3,5,8", show_default=True, help="Scales s to extrapolate to, rising.")
+@click.option("--scale", default="1,2,3,5,8", show_default=True, help="Scales s to extrapolate to.")
 @click.option("--seed", default=0, show_default=True, help="Of the noise, and of the sampled image.")
 @click.option("--data", default=None, type=Path, help="Take a real image from here. [default: sample one]")
 @click.option("--index", default=0, show_default=True, help="Which image of the label in --data.")

@@ -46,7 +46,7 @@ def within_class_distance(features: NDArray[np.floating], labels: NDArray[np.int
 
 def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T, dtype=np.float64)
 
 
 def _features(x: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -1,0 +1,31 @@
+"""Speed of the pieces of a sampling run: pytest-benchmark, one figure a piece (`make bench`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastcfg
+from fastcfg.noise import normal
+from fastcfg.plan import make_plan
+from fastcfg.schedules import linear
+
+
+def test_plan(benchmark: Any) -> None:
+    """The table of 50 steps, from a schedule."""
+    benchmark(make_plan, linear(), steps=50)
+
+
+def test_noise(benchmark: Any) -> None:
+    """x_T of 16 latents of 4 x 32 x 32."""
+    benchmark(normal, range(16), range(16), 0, (4, 32, 32))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_shipped_model(benchmark: Any, batch: int, scale: float) -> None:
+    """Ten DDIM steps of the shipped model."""
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=10, batch=batch)
+    labels = [i % 10 for i in range(batch)]
+    benchmark.pedantic(sampler, args=(labels, scale), rounds=5, warmup_rounds=1)
