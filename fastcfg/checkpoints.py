@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import pickle
+import re
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastcfg.models.denoiser import Denoiser, describe_dit
 from fastcfg.models.diffusers_dit import dit_from_diffusers
 from fastcfg.models.dit import DiT, DiTConfig
 from fastcfg.schedules import schedule_from_json
+from fastcfg.solvers import CLIPS, PREDICTIONS
 
 SHIPPED = ("fashion-mnist",)
 FORMAT = "fastcfg-1"
@@ -75,17 +77,21 @@ def _load_ours(path: Path) -> Denoiser:
         raise Error(f"{path} is a safetensors file of another kind: want one that fastcfg wrote (format {FORMAT})")
     try:
         stored = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-        names = stored["label_names"]
+        config, names = DiTConfig.from_json(stored["config"]), stored["label_names"]
+        if stored["predicts"] not in PREDICTIONS or stored["clip"] not in CLIPS:
+            raise Error(f"{path}: unknown prediction or clipping: {stored['predicts']!r}, {stored['clip']!r}")
+        if names is not None and len(names) != config.num_classes:
+            raise Error(f"{path} names {len(names)} labels, but its model has {config.num_classes}")
         return describe_dit(
-            build_dit(DiTConfig.from_json(stored["config"]), tensors, str(path)),
+            build_dit(config, tensors, str(path)),
             schedule=schedule_from_json(stored["schedule"]),
             predicts=stored["predicts"],
             clip=stored["clip"],
             latent=stored["latent"],
             label_names=None if names is None else tuple(names),
-            training=stored["training"],
+            training=dict(stored["training"]),
         )
-    except (KeyError, json.JSONDecodeError, TypeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise Error(f"{path}: its description is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -98,8 +104,9 @@ def build_dit(config: DiTConfig, tensors: Mapping[str, Tensor], source: str) -> 
     if missing or surplus:
         raise Error(f"{source} does not fit its DiT config: missing {missing[:4]}, surplus {surplus[:4]}")
     for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise Error(f"{source}: {name} is {list(tensors[name].shape)}, but its DiT config wants {list(shape)}")
+        value = tensors[name]
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise Error(f"{source}: {name} is {value.dtype} {list(value.shape)}, but its DiT config wants floats {list(shape)}")
     model.load_state_dict(dict(tensors), assign=True)
     return model
 
@@ -107,12 +114,18 @@ def build_dit(config: DiTConfig, tensors: Mapping[str, Tensor], source: str) -> 
 def _load_official(path: Path) -> Denoiser:
     """The official checkpoint: a state dict, or {"model", "ema", "opt", "args"} of which the EMA weights are taken."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
-        raise Error(f"{path} holds more than tensors, and its code is not run: keep the state dict alone ({first})") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise Error(f"{path} is not a whole torch checkpoint: {error}") from error
+        # The official trainer stores its options as a Namespace: a class without code of its own, so safe to build.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets foreign bytes with exceptions of any kind
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise Error(
+                f"{path} wants {code[1]}, and code in a file is not run: keep the state dict of tensors alone"
+            ) from error
+        raise Error(
+            f"{path} is not a whole torch checkpoint of tensors alone, and code in a file is not run ({type(error).__name__})"
+        ) from error
     state = content
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -134,8 +147,9 @@ def infer_config(state: Mapping[str, Tensor], source: str) -> DiTConfig:
         table = state["y_embedder.embedding_table.weight"].shape[0]
         out = state["final_layer.linear.weight"].shape[0] // patch**2
         inner = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise Error(f"{source} is not an official DiT state dict: no usable {error}") from error
+        ratio = inner / hidden
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise Error(f"{source} is not an official DiT state dict: {type(error).__name__} {error}") from error
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     return DiTConfig(
         input_size=math.isqrt(tokens) * patch,
@@ -144,7 +158,7 @@ def infer_config(state: Mapping[str, Tensor], source: str) -> DiTConfig:
         hidden_size=hidden,
         depth=depth,
         num_heads={1152: 16, 1024: 16, 768: 12, 384: 6}.get(hidden, max(1, hidden // 64)),
-        mlp_ratio=inner / hidden,
+        mlp_ratio=ratio,
         num_classes=table - 1,
         learn_sigma=out == 2 * in_channels,
     )
@@ -163,25 +177,34 @@ def _load_diffusers(path: Path) -> Denoiser:
     if single.is_file():
         tensors, _ = read_safetensors(single)
     elif index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise Error(f"{index} has no weight_map: want the index that diffusers writes beside its shards")
+        shards = sorted({str(shard) for shard in weight_map.values()})
         tensors = {k: v for shard in shards for k, v in read_safetensors(folder / Path(shard).name)[0].items()}
     else:
         raise Error(f"{folder} has no {single.name}: save it from diffusers with safe_serialization=True")
-    dit_config, state = dit_from_diffusers(config, tensors)
+    try:
+        dit_config, state = dit_from_diffusers(config, tensors)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise Error(f"{folder / 'config.json'} is damaged ({type(error).__name__}: {error})") from error
     scheduler = path / "scheduler" / "scheduler_config.json"
     others = _schedule_of(_read_json(scheduler)) if scheduler.is_file() else {}
     return describe_dit(build_dit(dit_config, state, str(folder)), latent=True, **others)
 
 
 def _schedule_of(config: dict[str, Any]) -> dict[str, Any]:
-    """schedule and prediction from a diffusers scheduler's config."""
+    """schedule and prediction from a diffusers scheduler's config; what would change the noise levels is refused."""
     name = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(
-        config.get("beta_schedule", "linear")
+        str(config.get("beta_schedule", "linear"))
     )
-    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(config.get("prediction_type", "epsilon"))
-    if name is None or predicts is None or config.get("trained_betas") is not None:
+    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(str(config.get("prediction_type", "epsilon")))
+    kind = str(config.get("_class_name", ""))
+    altered = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr") or kind.startswith("FlowMatch")
+    if name is None or predicts is None or altered:
         raise Error(
-            f"the scheduler's config is not one fastcfg knows: {config.get('beta_schedule')}, {config.get('prediction_type')}"
+            f"the scheduler's config is not one fastcfg knows: {kind}, beta_schedule {config.get('beta_schedule')!r}, "
+            f"prediction_type {config.get('prediction_type')!r}, trained or rescaled betas"
         )
     parameters = {"name": name, "T": config.get("num_train_timesteps", 1000)}
     if name != "cosine":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fastcfg.schedules import Schedule, schedule
 
 TOLERANCE = 1e-5  # of the largest expected value: what the official code itself holds between machines, with room
 _LOOP = re.compile(r"(?P<tag>(?P<kind>ddim|anc)(?P<steps>\d+))(?P<clip>_clip)?(?P<eta>_eta)?_cfg(?P<channels>3|all)")
+_OF_LOOP = re.compile(r"(?P<tag>(ddim|anc)\d+)_")
 _REQUIRED = ("x", "t", "y", "forward", "forward_null", "cfg3")
 
 
@@ -79,15 +80,29 @@ def verify(weights: Path, expected: Path, engine: str = "auto", dtype: str = "fp
     if {"x", "t", "y"} & set(missing):
         return
     yield from _forwards(golden, engine, dtype)
-    tags = sorted({m["tag"] for m in map(_LOOP.match, golden.expected) if m})
-    for tag in tags:
+    for tag in sorted({m["tag"] for m in map(_OF_LOOP.match, golden.expected) if m}):
         yield _timesteps(golden, tag)
+        for name in _required_of(tag, golden.expected):
+            if name not in golden.expected:
+                yield Comparison(name, None, None, "the file must hold it")
     for name in golden.expected:
         match = _LOOP.fullmatch(name)
         if match:
             yield _loop(golden, match, engine, dtype)
         elif name not in _REQUIRED and not re.fullmatch(r"(ddim|anc)\d+(_eta)?_(noise|timesteps)", name):
             yield Comparison(name, None, None, "not a name of the layout: it cannot be recomputed")
+
+
+def _required_of(tag: str, present: Collection[str]) -> list[str]:
+    """The results that a file with tensors of this loop must hold; clipped and eta results only where it has some."""
+    if tag.startswith("anc"):
+        return [f"{tag}_cfg3"]
+    names = [f"{tag}_cfg3", f"{tag}_cfgall"]
+    if any(name.startswith(f"{tag}_clip") for name in present):
+        names += [f"{tag}_clip_cfg3", f"{tag}_clip_cfgall"]
+    if f"{tag}_eta_noise" in present:
+        names.append(f"{tag}_eta_cfgall")
+    return names
 
 
 def _forwards(golden: Golden, engine: str, dtype: str) -> Iterator[Comparison]:

@@ -23,8 +23,9 @@ _REQUIRED = {
 def dit_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[DiTConfig, dict[str, Tensor]]:
     """(our config, our state dict) of a diffusers DiT: its config.json and its tensors.
 
-    Every diffusers block embeds t and y by itself. Where all blocks agree, as in converted official weights, one embedder
-    serves all; where they were trained apart, `block_conditioning` keeps them.
+    Weights come out as float32, diffusers' own default. Every diffusers block embeds t and y by itself. Where all blocks
+    agree, as in converted official weights, one embedder serves all; where they were trained apart, `block_conditioning`
+    keeps them.
     """
     for key, want in _REQUIRED.items():
         if config.get(key, want) != want:
@@ -34,6 +35,9 @@ def dit_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor])
     out_channels = config.get("out_channels") or in_channels
     if out_channels not in (in_channels, 2 * in_channels):
         raise Error(f"diffusers DiT with {out_channels} output channels for {in_channels} is not supported")
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("transformer_blocks.")}
+    if blocks != {str(i) for i in range(depth)}:
+        raise Error(f"the diffusers DiT weights have {len(blocks)} blocks, but their config says {depth}")
     embedders = [_embedder(tensors, i) for i in range(depth)]
     shared = all(torch.equal(one[key], embedders[0][key]) for one in embedders for key in one)
     heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
@@ -59,7 +63,8 @@ def dit_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor])
     for i in range(depth):
         state |= {f"blocks.{i}.{key}": value for key, value in _block(tensors, i).items()}
         if not shared:
-            state |= {f"blocks.{i}.{key}": value for key, value in embedders[i].items()}
+            # Cloned: block 0's are the final layer's too, and one tensor under two names cannot be saved.
+            state |= {f"blocks.{i}.{key}": value.clone() for key, value in embedders[i].items()}
     for ours, theirs in (("adaLN_modulation.1", "proj_out_1"), ("linear", "proj_out_2")):
         state |= _layer(tensors, f"final_layer.{ours}", theirs)
     return dit_config, state
@@ -68,7 +73,7 @@ def dit_from_diffusers(config: Mapping[str, Any], tensors: Mapping[str, Tensor])
 def _take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise Error(f"the diffusers DiT weights lack {name}")
-    return tensors[name]
+    return tensors[name].float()  # exact for half precision; the position table is float32 in any case
 
 
 def _layer(tensors: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:

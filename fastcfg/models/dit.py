@@ -56,8 +56,18 @@ class DiTConfig:
             raise Error(f"DiT: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise Error(f"DiT: hidden_size must be a multiple of 4 for the position embedding, got {self.hidden_size}")
-        if not 0.0 <= self.class_dropout_prob < 1.0:
-            raise Error(f"DiT: class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
+        for name, low, high in (
+            ("class_dropout_prob", 0.0, 0.999),
+            ("mlp_ratio", 1 / self.hidden_size, 1e3),
+            ("mlp_norm_eps", 1e-12, 1.0),
+            ("time_frequency_shift", 0, 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise Error(f"DiT: {name} must be a number in [{low:g}, {high:g}], got {value!r}")
+        for name in ("learn_sigma", "block_conditioning"):
+            if not isinstance(getattr(self, name), bool):
+                raise Error(f"DiT: {name} must be true or false, got {getattr(self, name)!r}")
 
     @property
     def out_channels(self) -> int:
