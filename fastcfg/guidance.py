@@ -122,8 +122,10 @@ def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array
         raise Error(f"{name} must be a number or numbers, got {scale!r}") from None
     if values.ndim > 2 or values.size == 0:
         raise Error(f"{name} must be a number, one per row, or one per step and row, got shape {list(values.shape)}")
-    if not np.all(np.isfinite(values)) or values.min() < least:
-        worst = values[~np.isfinite(values)] if not np.all(np.isfinite(values)) else [values.min()]
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(values.astype(np.float32))  # what `Guidance.table` makes of them
+    if not np.all(finite) or values.min() < least:
+        worst = values[~finite] if not np.all(finite) else [values.min()]
         note = "" if name == "w" else " (1 is no guidance; the paper's w is scale - 1)"
         raise Error(f"{name} must be finite and at least {least:g}{note}, got {worst[0]}")
     return values

@@ -46,11 +46,12 @@ def within_class_distance(features: NDArray[np.floating], labels: NDArray[np.int
 
 def _symmetric_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     values, vectors = np.linalg.eigh(matrix)
-    return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T, dtype=np.float64)
+    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return root.astype(np.float64)
 
 
 def _features(x: NDArray[np.floating]) -> NDArray[np.float64]:
-    x = np.asarray(x, dtype=np.float64)
-    if x.ndim != 2 or len(x) < 2 or not np.all(np.isfinite(x)):
-        raise Error(f"features must be finite numbers [N, D] with N of at least 2, got shape {list(x.shape)}")
-    return x
+    features: NDArray[np.float64] = np.asarray(x, dtype=np.float64)
+    if features.ndim != 2 or len(features) < 2 or not np.all(np.isfinite(features)):
+        raise Error(f"features must be finite numbers [N, D] with N of at least 2, got shape {list(features.shape)}")
+    return features

@@ -7,8 +7,9 @@ biases, LayerNorm eps 1e-6, tanh GELU, sin-cos position embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,33 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def _by_rows(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An activation of x [..., D] whose rounding of a row does not depend on where the row lies in x.
+
+    On a CPU torch computes 32 float32 values at a time over the whole tensor and what is left at its end by other code, which
+    rounds differently: rows are padded to whole groups.
+    """
+    D = x.shape[-1]
+    return activation(x) if D % 32 == 0 else activation(F.pad(x, (0, -D % 32)))[..., :D]
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), the same for a row wherever it lies in x [..., D]."""
+    return _by_rows(F.silu, x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form, the same for a row wherever it lies in x [..., D]."""
+    return _by_rows(partial(F.gelu, approximate="tanh"), x)
+
+
+class SiLU(nn.Module):
+    """`silu` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
+
+
 @lru_cache
 def timestep_frequencies(shift: int) -> Tensor:
     """10000^(-i / (128 - shift)) for i = 0..127, float32, the same on every machine.
@@ -133,7 +161,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_shift: int):
         super().__init__()
         self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, hidden_size), SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def features(self, t: Tensor) -> Tensor:
         """[cos, sin] of t at falling frequencies, float32 [N, 256]."""
@@ -178,7 +206,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class DiTBlock(nn.Module):
@@ -194,7 +222,7 @@ class DiTBlock(nn.Module):
         self.attn = Attention(D, config.num_heads)
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=config.mlp_norm_eps)
         self.mlp = Mlp(D, config.mlp_width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.adaLN_modulation = nn.Sequential(SiLU(), nn.Linear(D, 6 * D))
         self.own_condition = config.block_conditioning
         if self.own_condition:
             self.t_embedder = TimestepEmbedder(D, config.time_frequency_shift)
@@ -216,7 +244,7 @@ class FinalLayer(nn.Module):
         D = config.hidden_size
         self.norm_final = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(D, config.patch_size**2 * config.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+        self.adaLN_modulation = nn.Sequential(SiLU(), nn.Linear(D, 2 * D))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
