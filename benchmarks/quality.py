@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", default="auto", help="the sampler's; auto is the faster on this machine")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.csv"))
     arguments = parser.parse_args()
 
@@ -48,6 +48,7 @@ def main() -> None:
     rows = [row("real", pixels(balanced(train.images, train.labels, labels)), labels, network, reference)]
     print_row(rows[0])
     sampler = fastcfg.Sampler(fastcfg.load(arguments.checkpoint), steps=arguments.steps, batch=100, dtype=arguments.dtype)
+    print(f"engine {sampler.engine.name}, {sampler.engine.dtype}, {arguments.steps} DDIM steps", file=sys.stderr)
     for scale in arguments.scales:
         with tqdm(total=arguments.count, desc=f"s = {scale:g}", file=sys.stderr, leave=False) as bar:
             samples = sampler(labels, scale, seeds=0, on_batch=bar.update).clamp(-1, 1)

@@ -33,6 +33,7 @@ class Explanation:
     flops: int
     weight_bytes: int
     last_seconds: float | None
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,7 +52,7 @@ class Explanation:
         if self.last_seconds is not None:
             rate = self.flops / self.last_seconds / 1e9
             lines.append(f"measured      {self.last_seconds:.3f} s for the last batch ({rate:.1f} GFLOP/s if it was guided)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"note          {note}" for note in self.notes)])
 
 
 def explain(model: Denoiser, plan: Plan, engine: Engine, batch: int, last_seconds: float | None) -> Explanation:
@@ -73,6 +74,7 @@ def explain(model: Denoiser, plan: Plan, engine: Engine, batch: int, last_second
         flops=flops * rows,
         weight_bytes=sum(p.numel() for p in parameters) * engine.dtype.itemsize,
         last_seconds=last_seconds,
+        notes=engine.notes,
     )
 
 

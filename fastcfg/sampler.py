@@ -121,8 +121,8 @@ class Sampler:
                 labels=y[padded],
                 scale=table[:, padded],
                 guided=pattern,
-                seeds=seed[padded],
-                indices=index[padded],
+                seeds=seed[padded.numpy()],
+                indices=index[padded.numpy()],
                 x_T=None if x_T is None else x_T[padded.to(x_T.device)],
                 noise=None if noise is None else noise[:, padded.to(noise.device)],
             )

@@ -1,10 +1,14 @@
-"""Engines: each runs a plan on a model. `reference` is the definition."""
+"""Engines: each runs a plan on a model. `reference` is the definition, `cpu` the fast one on a CPU, `cuda` on a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from fastcfg.engines.base import Engine, Request
+from fastcfg.engines.cpu import make_cpu_engine
+from fastcfg.engines.fused_dit import is_plain_dit
 from fastcfg.engines.reference import ReferenceEngine
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
@@ -12,22 +16,42 @@ from fastcfg.plan import Plan
 
 __all__ = ["ENGINES", "Engine", "Request", "make_engine"]
 
-ENGINES = {"reference": ReferenceEngine}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+def make_cuda_engine(model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None) -> Engine:
+    """The CUDA engine, imported when it is asked for: it brings Triton with it."""
+    try:
+        from fastcfg.engines.cuda import CudaEngine
+    except ImportError as error:
+        raise Error(f"engine 'cuda' needs Triton, which cannot be imported here: {error}") from error
+    return CudaEngine(model, plan, device, dtype)
+
+
+ENGINES: dict[str, Callable[[Denoiser, Plan, torch.device, torch.dtype | None], Engine]] = {
+    "reference": ReferenceEngine,
+    "cpu": make_cpu_engine,
+    "cuda": make_cuda_engine,
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str) -> Engine:
     """The engine called `name` ("auto": the best there is for the device), for one model and plan.
 
-    device: "auto" (a GPU where there is one, else the CPU) or torch's name of one. dtype: "auto" (the model's own),
-    "fp32", "bf16" or "fp16".
+    device: "auto" (a GPU where there is one and the engine uses it, else the CPU) or torch's name of one. dtype: "auto" (the
+    model's own; the faster of fp32 and bf16 for a DiT on the cpu engine), "fp32", "bf16", "fp16" or, cpu engine only, "int8".
     """
     if name != "auto" and name not in ENGINES:
         raise Error(f"unknown engine {name!r}: known are auto, {', '.join(ENGINES)}")
     if dtype != "auto" and dtype not in DTYPES:
         raise Error(f"unknown dtype {dtype!r}: known are auto, {', '.join(DTYPES)}")
-    kind = "reference" if name == "auto" else name
-    return ENGINES[kind](model, plan, find_device(device), model.dtype if dtype == "auto" else DTYPES[dtype])
+    where = find_device("cpu" if name == "cpu" and device == "auto" else device)
+    kind = _best(model, where, dtype) if name == "auto" else name
+    return ENGINES[kind](model, plan, where, None if dtype == "auto" else DTYPES[dtype])
+
+
+def _best(model: Denoiser, device: torch.device, dtype: str) -> str:
+    fused = device.type == "cpu" and dtype != "fp16" and is_plain_dit(model.module)
+    return "cpu" if fused else "reference"
 
 
 def find_device(name: str) -> torch.device:

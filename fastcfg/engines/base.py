@@ -8,7 +8,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastcfg.errors import Error
+
+Fingerprint = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Request:
 
 
 class Engine(Protocol):
-    """An engine is made for one model, plan, batch size, device and dtype."""
+    """An engine is made for one model, plan, device and dtype. notes: what a reader of `explain()` should know of it."""
 
     name: str
+    notes: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
 
@@ -47,3 +52,20 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Takes up weights that changed in place since the engine was made."""
         ...
+
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """Changes whenever a weight is replaced or written in place (torch counts writes in `_version`)."""
+    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
+
+
+def refuse_training(module: nn.Module) -> None:
+    """Raises Error if any part of `module` is in training mode."""
+    if any(part.training for part in module.modules()):
+        raise Error("the model is in training mode, where dropout would act on samples: call model.eval() first")
+
+
+def refuse_stale(module: nn.Module, copied: Fingerprint) -> None:
+    """Raises Error if `module` changed since the engine copied its weights, when its fingerprint was `copied`."""
+    if fingerprint(module) != copied:
+        raise Error("the model's weights changed since the sampler copied them: call sampler.refresh()")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastcfg.engines.base import Request
+from fastcfg.engines.base import Request, fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.workers import one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser, call_module
 from fastcfg.noise import INITIAL_STEP, normal
@@ -15,33 +17,46 @@ from fastcfg.plan import Plan
 
 
 class ReferenceEngine:
-    """Runs `plan` row by row on `model.module`, with the module in `dtype` and all else in float64.
+    """Runs `plan` row by row on `model.module`, with the module in `dtype` (None: its own) and all else in float64.
 
     So the only rounding is the module's own. As in the official code, a guided step is one forward of the 2B rows
-    [cond; null]. The module itself is used where it has the device and dtype asked for; otherwise a converted copy, whose
-    going stale is noticed.
+    [cond; null]. On a CPU the module runs on one thread: with more, libraries cut products at rows that depend on the
+    batch, and a sample's bits would depend on its place in it. The module itself is used where it has the device and
+    dtype asked for; otherwise a converted copy, whose going stale is noticed.
     """
 
     name = "reference"
+    notes: tuple[str, ...] = ()
 
-    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype):
-        self.model, self.plan, self.device, self.dtype = model, plan, device, dtype
-        self._converted = model.device != device or model.dtype != dtype
+    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None):
+        if dtype == torch.int8:
+            raise Error("engine 'reference' computes in floating point, got dtype 'int8': the cpu engine has it")
+        self.model, self.plan, self.device = model, plan, device
+        self.dtype = model.dtype if dtype is None else dtype
+        self._converted = model.device != device or model.dtype != self.dtype
         self.refresh()
 
     def refresh(self) -> None:
         source = self.model.module
         self._module = copy.deepcopy(source).to(self.device, self.dtype) if self._converted else source
-        self._fingerprint = _fingerprint(source)
+        self._fingerprint = fingerprint(source)
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check_module()
-        return self._forward(x.to(self.device), t.to(self.device), y.to(self.device)).float()
+        with self._threads():
+            return self._forward(x.to(self.device), t.to(self.device), y.to(self.device)).float()
 
     @torch.no_grad()
     def run(self, request: Request) -> Tensor:
         self._check_module()
+        with self._threads():
+            return self._run(request)
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return one_thread() if self.device.type == "cpu" else nullcontext()
+
+    def _run(self, request: Request) -> Tensor:
         plan, rows, shape = self.plan, self.plan.rows, self.model.shape
         labels, null = self._conditions(request.labels)
         scale = request.scale.to(self.device, torch.float64)
@@ -99,12 +114,6 @@ class ReferenceEngine:
         return labels, null.expand_as(labels).contiguous()
 
     def _check_module(self) -> None:
-        if any(module.training for module in self._module.modules()):
-            raise Error("the model is in training mode, where dropout would act on samples: call model.eval() first")
-        if self._converted and _fingerprint(self.model.module) != self._fingerprint:
-            raise Error("the model's weights changed since the sampler copied them: call sampler.refresh()")
-
-
-def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes whenever a weight is replaced or written in place (torch counts writes in `_version`)."""
-    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
+        refuse_training(self._module)
+        if self._converted:
+            refuse_stale(self.model.module, self._fingerprint)

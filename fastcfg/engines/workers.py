@@ -31,9 +31,9 @@ def one_thread() -> Iterator[None]:
 
 
 class Workers:
-    """`count` threads in which torch operations run on one thread each and record no gradients.
+    """`count` threads in which torch operations run on one thread each, like their caller's, and record no gradients.
 
-    Work is given within a `turn`. Threads start when they are first needed, and again in a forked process.
+    Work is given within `one_thread`. Threads start when they are first needed, and again in a forked process.
     """
 
     def __init__(self, count: int):
@@ -42,16 +42,6 @@ class Workers:
         self._busy = 0  # tasks given and not yet done
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Waits for the workers of every engine in the process, and leaves torch's number of threads as it was."""
-        with _TURN:
-            threads = torch.get_num_threads()
-            try:
-                yield
-            finally:
-                torch.set_num_threads(threads)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """function of each item, in order; raises what the first of them raised, once all are done."""

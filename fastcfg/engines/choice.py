@@ -1,0 +1,85 @@
+"""Choices that differ from machine to machine: measured where they are first needed, and remembered there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from fastcfg.errors import Error
+from fastcfg.files import replacing
+
+SECONDS = 0.5  # of measuring, beyond the rounds that every choice gets
+ROUNDS = (3, 20)  # least and most calls of each option
+
+
+def fastest(question: str, options: Mapping[str, Callable[[], object]]) -> str:
+    """The name of the option that runs fastest here: as remembered, else as measured now and remembered from now on.
+
+    question: what is chosen and for what shapes; the processor and torch's version are added to it. Options are called in
+    turn, so that a busy moment falls on all of them, and the shortest time of each counts. A memory that cannot be read
+    or written costs a measurement, no more.
+    """
+    remembered = _read().get(machine(), {}).get(question)
+    if remembered in options:
+        return str(remembered)
+    seconds = measure(options)
+    answer = min(seconds, key=seconds.__getitem__)
+    _remember(question, answer)
+    return answer
+
+
+def measure(options: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The shortest time of each option, in seconds, after one call that does not count."""
+    for option in options.values():
+        option()
+    best = dict.fromkeys(options, float("inf"))
+    begin = time.perf_counter()
+    for taken in range(ROUNDS[1]):
+        if taken >= ROUNDS[0] and time.perf_counter() - begin > SECONDS:
+            break
+        for name, option in options.items():
+            start = time.perf_counter()
+            option()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def machine() -> str:
+    """The processor and the torch that choices hold for."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux says more here
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, torch {torch.__version__}"
+
+
+def memory_path() -> Path:
+    """$XDG_CACHE_HOME/fastcfg/choices.json, in ~/.cache where that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcfg" / "choices.json"
+
+
+def _read() -> dict[str, dict[str, str]]:
+    """{machine: {question: answer}}, with whatever else a damaged file holds left out."""
+    try:
+        stored = json.loads(memory_path().read_text())
+    except (OSError, ValueError, RuntimeError):  # no home folder is a RuntimeError
+        return {}
+    entries = stored.items() if isinstance(stored, dict) else ()
+    return {machine: answers for machine, answers in entries if isinstance(answers, dict)}
+
+
+def _remember(question: str, answer: str) -> None:
+    memory = _read()
+    memory.setdefault(machine(), {})[question] = answer
+    with contextlib.suppress(OSError, RuntimeError, Error):
+        path = memory_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(memory, indent=1, sort_keys=True))

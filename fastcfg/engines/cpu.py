@@ -1,0 +1,198 @@
+"""The CPU engine: the fused DiT program, with one worker thread a core and a few samples at a time in each.
+
+A sample's bits depend on neither its batch nor its neighbours: products are made of one model row (one half of one sample),
+or of several where that was found to change no bit on this machine. Batching is how many such pieces are under way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastcfg.engines.base import Engine, Request, fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.choice import fastest
+from fastcfg.engines.cpu_module import CpuModuleEngine
+from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
+from fastcfg.engines.fused_dit import FusedDiT, is_plain_dit
+from fastcfg.engines.workers import Workers, one_thread
+from fastcfg.errors import Error
+from fastcfg.models.denoiser import Denoiser
+from fastcfg.models.dit import DiT
+from fastcfg.plan import Plan
+
+JOINED_TOKENS = 256  # rows of fewer tokens than half of this are joined: small products leave a core half idle
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+
+
+def make_cpu_engine(model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None) -> Engine:
+    """The CPU engine for our DiT; for any other module, its own forward. dtype None: chosen for the model and machine.
+
+    Raises Error for a device or dtype that the engine has not.
+    """
+    if device.type != "cpu":
+        raise Error(f"engine 'cpu' runs on the CPU, got device {str(device)!r}")
+    if not is_plain_dit(model.module):
+        return CpuModuleEngine(model, plan, device, dtype)
+    if isinstance(model.null_label, Tensor):
+        raise Error("a DiT's null label is a whole number, got a tensor")
+    return CpuEngine(model, plan, device, dtype)
+
+
+class CpuEngine:
+    """Runs `plan` on a DiT's weights, packed in `dtype`; changes of the module after that are noticed.
+
+    dtype: float32, bfloat16, int8 (per-token activations and per-channel weights in the blocks' products; the rest in
+    bfloat16 where the CPU has it) or None: the faster of the first two, measured once a machine and remembered. workers:
+    threads, torch's number unless given. notes: what was chosen for this machine, and what it lacks. Runs of one process
+    take turns, so any thread may call.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        model: Denoiser,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        workers: int | None = None,
+    ):
+        if dtype is not None and dtype not in NAMES:
+            raise Error(f"engine 'cpu' computes in {', '.join(NAMES.values())}, got {str(dtype).removeprefix('torch.')}")
+        if dtype == torch.int8 and not has_int8():
+            raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
+        self.model, self.plan, self.device = model, plan, device
+        self._workers = Workers(workers or torch.get_num_threads())
+        self.dtype = self._fastest_dtype() if dtype is None else dtype
+        self.notes = self._choices(measured=dtype is None)
+        self.refresh()
+        self._joined = self._joinable()
+
+    def refresh(self) -> None:
+        with one_thread():
+            self._program = self._make_program(self.model, self.dtype)
+            self._fingerprint = fingerprint(self.model.module)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self._ready() as program:
+            table = program.modulations(t.cpu(), y.cpu(), self._workers.map)
+            x = x.cpu()
+
+            def row(r: int) -> Tensor:
+                return program.denoise(program.embed(x[r : r + 1]), table, torch.tensor([r]))
+
+            return torch.cat(self._workers.map(row, range(len(x)))).float()
+
+    def run(self, request: Request) -> Tensor:
+        with self._ready() as program:
+            return program.run(request, list(self._pieces(len(request.labels))), self._denoise, self._workers.map)
+
+    @contextmanager
+    def _ready(self) -> Iterator[FusedDiT]:
+        """The program, once the module is found fit for sampling, and all cores for it."""
+        with one_thread():
+            refuse_training(self.model.module)
+            refuse_stale(self.model.module, self._fingerprint)
+            with torch.no_grad():
+                yield self._program
+
+    def _denoise(self, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        """Both halves of a piece; the null half by an idle worker, if there is one."""
+        B = len(tokens)
+        null = self._workers.offer(lambda: self._rows(tokens, table, index[B:])) if len(index) > B else None
+        if null is None:
+            return self._rows(tokens, table, index)
+        return torch.cat([self._rows(tokens, table, index[:B]), null.result()])
+
+    def _rows(self, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        R, B = len(index), len(tokens)
+        if R in self._joined:
+            return self._program.denoise(tokens, table, index)
+        single = [self._program.denoise(tokens[r % B : r % B + 1], table, index[r : r + 1]) for r in range(R)]
+        return torch.cat(single)
+
+    def _pieces(self, B: int) -> Iterator[slice]:
+        """B rows in pieces of 1, 2, 4, ... samples: no more than can be joined, nor than leave a worker without any."""
+        most = max(1, min(max(self._joined) // 2, B // self._workers.count))
+        start = 0
+        while start < B:
+            size = 1 << (min(most, B - start).bit_length() - 1)
+            yield slice(start, start + size)
+            start += size
+
+    def _joinable(self) -> frozenset[int]:
+        """The numbers of model rows that may share a product: those that give every row the bits it has alone."""
+        program, config = self._program, self._program.config
+        T = config.tokens
+        sizes = [size for size in (2, 4, 8, 16) if size * T <= 2 * JOINED_TOKENS]
+        # torch may round otherwise what is left over at a tensor's end when the rest went through whole vectors
+        left_over = T * config.hidden_size % 32 or T * config.mlp_width % 32
+        if T > JOINED_TOKENS // 2 or left_over:
+            return frozenset({1})
+        R = sizes[-1]
+        tokens, table = _random(program, R)
+        index = torch.arange(R)
+
+        def same(size: int) -> bool:
+            joined = program.denoise(tokens[:size], table, index[:size])
+            single = [program.denoise(tokens[r : r + 1], table, index[r : r + 1]) for r in range(size)]
+            return torch.equal(joined, torch.cat(single))
+
+        with one_thread():
+            found = self._workers.map(same, sizes)
+        return frozenset({1, *sizes}) if all(found) else frozenset({1})
+
+    def _fastest_dtype(self) -> torch.dtype:
+        """float32 or bfloat16, by the time of one block and the last layer on one model row."""
+        if not has_bf16():
+            return torch.float32
+        module = self.model.module
+        assert isinstance(module, DiT)
+        shallow, config = replace(self.model, module=_first_block(module)), module.config
+        question = f"dtype of a DiT of width {config.hidden_size}, {config.num_heads} heads, {config.tokens} tokens"
+
+        def option(dtype: torch.dtype) -> Callable[[], object]:
+            program = self._make_program(shallow, dtype)
+            tokens, table = _random(program, 1)
+            index = torch.zeros(1, dtype=torch.int32)
+            return lambda: self._workers.map(lambda _: program.denoise(tokens, table, index), range(1))
+
+        with one_thread():
+            names = {NAMES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16)}
+            return names[fastest(question, {name: option(dtype) for name, dtype in names.items()})]
+
+    def _choices(self, measured: bool) -> tuple[str, ...]:
+        """What was chosen for this machine, and what it lacks."""
+        notes = [f"dtype {NAMES[self.dtype]} was the faster here"] if measured and has_bf16() else []
+        if not has_bf16():
+            notes.append("this CPU has no bf16 products")
+        if not has_packed_products(torch.float32):
+            notes.append("this torch has no oneDNN products on packed weights: torch's own are used")
+        return tuple(notes)
+
+    def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
+        quantise = dtype == torch.int8
+        wide = (torch.bfloat16 if has_bf16() else torch.float32) if quantise else dtype
+        with torch.no_grad():
+            return FusedDiT(model, self.plan, CpuOperations(quantise), self.device, wide)
+
+
+def _first_block(module: DiT) -> DiT:
+    """`module` with one block; its weights are shared."""
+    shallow = copy.copy(module)
+    shallow._modules = {**module._modules, "blocks": module.blocks[:1]}
+    shallow.config = replace(module.config, depth=1)
+    return shallow
+
+
+def _random(program: FusedDiT, rows: int) -> tuple[Tensor, Tensor]:
+    """(tokens [rows, T, D], table [rows, W]) to try `program` on; the caller's random state is left alone."""
+    generator = torch.Generator().manual_seed(0)
+    config = program.config
+    tokens = torch.randn(rows, config.tokens, config.hidden_size, generator=generator).to(program.dtype)
+    return tokens, torch.randn(rows, program.table_width, generator=generator)
