@@ -64,6 +64,7 @@ def save(model: Denoiser, path: str | Path) -> None:
         "predicts": model.predicts,
         "clip": model.clip,
         "latent": model.latent,
+        "low_precision": model.low_precision,
         "label_names": model.label_names,
         "training": dict(model.training),
     }
@@ -88,6 +89,7 @@ def _load_ours(path: Path) -> Denoiser:
             predicts=stored["predicts"],
             clip=stored["clip"],
             latent=stored["latent"],
+            low_precision=bool(stored["low_precision"]),
             label_names=None if names is None else tuple(names),
             training=dict(stored["training"]),
         )

@@ -23,10 +23,10 @@ def run(*arguments: object) -> Result:
     return result
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "plot geometry"])
+@pytest.mark.parametrize("command", [*COMMANDS, "plot geometry", "kernels check"])
 def test_help_has_an_example(command: str) -> None:
     output = run(*command.split(), "--help").output
-    assert f"fastcfg {command}" in output or command == "plot"
+    assert f"fastcfg {command}" in output or command in ("plot", "kernels")
 
 
 def test_sample_writes_the_adm_layout_in_the_order_of_labels(tmp_path: Path) -> None:

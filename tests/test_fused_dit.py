@@ -7,12 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fastcfg.kernels._step import step_table
-from fastcfg.kernels.adaln import adaln_ref
-from fastcfg.kernels.attention import attention_ref
-from fastcfg.kernels.guided_step import guided_step_ref
-from fastcfg.kernels.linear import linear_ref
-from fastcfg.kernels.patch_embed import patch_embed_ref
 from torch import Tensor, nn
 
 from fastcfg.engines import Request, fused_dit
@@ -20,6 +14,12 @@ from fastcfg.engines.cpu_ops import CpuOperations
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, Layer, is_plain_dit
 from fastcfg.engines.reference import ReferenceEngine
 from fastcfg.guidance import Guidance, Interval
+from fastcfg.kernels._step import step_table
+from fastcfg.kernels.adaln import adaln_ref
+from fastcfg.kernels.attention import attention_ref
+from fastcfg.kernels.guided_step import guided_step_ref
+from fastcfg.kernels.linear import linear_ref
+from fastcfg.kernels.patch_embed import patch_embed_ref
 from fastcfg.models.denoiser import Denoiser, describe_dit
 from fastcfg.models.dit import DiT
 from fastcfg.plan import Plan, make_plan

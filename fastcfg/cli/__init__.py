@@ -9,7 +9,7 @@ import click
 
 from fastcfg.errors import Error
 
-COMMANDS = ("sample", "train", "verify", "explain", "plot")
+COMMANDS = ("sample", "train", "verify", "explain", "plot", "kernels")
 
 
 class _Commands(click.Group):

@@ -68,8 +68,9 @@ class CpuEngine:
             raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
         self.model, self.plan, self.device = model, plan, device
         self._workers = Workers(workers or torch.get_num_threads())
-        self.dtype = self._fastest_dtype() if dtype is None else dtype
-        self.notes = self._choices(measured=dtype is None)
+        measured = dtype is None and model.low_precision
+        self.dtype = self._fastest_dtype() if measured else dtype or torch.float32
+        self.notes = self._choices(measured)
         self.refresh()
         self._joined = self._joinable()
 

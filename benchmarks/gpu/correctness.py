@@ -1,0 +1,161 @@
+"""Correctness before speed: kernels against float64, golden files, bits across batches, graphs against plain launches."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcfg
+from fastcfg.models.dit import DiT, DiTConfig
+from fastcfg.verify import verify
+from gpu.cases import Case, cases
+from gpu.report import Session, sync
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
+TINY: dict[str, Any] = {"input_size": 8, "hidden_size": 64, "depth": 1, "num_heads": 1, "num_classes": 5}
+
+
+def random_dit(**config: Any) -> DiT:
+    """A DiT in which every weight matters: none of the zeros that training starts from."""
+    module = DiT(**config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name != "pos_embed":
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.25)
+    return module
+
+
+def kernels(session: Session) -> None:
+    """Errors against float64, over what is allowed: twice torch's in the same precision, or two rounding steps."""
+    for config, dtype in _shapes(session):
+        for case in cases(config, 1 if session.dry else 3, dtype, session.device):
+            if session.left() <= 0:
+                return session.report.row("kernels", "stopped: out of time", "note")
+            error, allowed = _error(case)
+            verdict = "ok" if error <= allowed else "EXCEEDS"
+            session.report.row(
+                case.name, error, f"relative, {verdict}", shape=case.shape, dtype=dtype, fraction=error / allowed
+            )
+    return None
+
+
+def _shapes(session: Session) -> Iterator[tuple[DiTConfig, torch.dtype]]:
+    if session.dry:
+        yield DiTConfig(**TINY), torch.float32
+        return
+    for name in ("DiT-S/2", "DiT-XL/2"):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield config_of(name), dtype
+
+
+def config_of(name: str) -> DiTConfig:
+    with torch.device("meta"):
+        return DiT.from_name(name, depth=1).config
+
+
+def _error(case: Case) -> tuple[float, float]:
+    got, exact, low = case.run().double(), case.exact().double(), case.low().double()
+    top = exact.abs().max()
+    error, torchs = (float((value - exact).abs().max() / top) for value in (got, low))
+    floor = 2 * torch.finfo(case.out.dtype).eps
+    return (float("inf") if error != error else error), max(2 * torchs, floor)
+
+
+def golden(session: Session) -> None:
+    """The official code's outputs through the engine, in float32."""
+    pair = GOLDEN / "dit_tiny.weights.safetensors", GOLDEN / "dit_tiny.expected.safetensors"
+    for comparison in verify(*pair, engine="cuda", dtype="fp32"):
+        value = "missing" if comparison.relative is None else comparison.relative
+        session.report.row(comparison.name, value, f"relative, {'ok' if comparison.ok else 'EXCEEDS'}", dtype=torch.float32)
+        if session.dry or session.left() <= 0:
+            return session.report.row("golden", "stopped: a dry run, or out of time", "note")
+    return None
+
+
+def sampler(session: Session, batch: int, module: DiT, dtype: str, **options: Any) -> fastcfg.Sampler:
+    fixed: dict[str, Any] = {"steps": 2 if session.dry else 25, "engine": "cuda", "device": str(session.device)}
+    return fastcfg.Sampler(module, **{**fixed, "batch": batch, "dtype": dtype, **options})
+
+
+def invariance(session: Session) -> None:
+    """A sample alone, among 3 and among 32: the same bits. NumPy, which multiplies in a dry run, holds this only where a
+    row keeps its place in a tile: there all labels are the same, and a sample's 64 tokens are one tile."""
+    config = {**TINY, "input_size": 16} if session.dry else {"depth": 4, "hidden_size": 384, "num_heads": 6}
+    module = random_dit(**config)
+    most = 3 if session.dry else 32
+    labels = [0 if session.dry else b % 5 for b in range(most)]
+    for name in ("fp32",) if session.dry else ("bf16", "fp16", "fp32"):
+        whole = sampler(session, most, module, name, eta=0.5)(labels, 4.0, list(range(most)))
+        for rows in (1, 3):
+            some = sampler(session, rows, module, name, eta=0.5)(labels[:rows], 4.0, list(range(rows)))
+            _equal(session, f"{rows} of {most} rows, {name}", some, whole[:rows])
+
+
+def graphs(session: Session) -> None:
+    """Replays against plain launches, the caller's generators and streams, and memory over many calls."""
+    module = random_dit(**TINY)
+    kinds: tuple[dict[str, Any], ...] = (
+        {"eta": 0.5}, {"interval": (100, 600)}, {"solver": "ddpm"}, {"rescale": 0.7, "solver": "dpmpp_2m"},
+    )  # fmt: skip
+    for options in kinds:
+        one = sampler(session, 2, module, "fp32", **options)
+        before = _generator(session)
+        replayed = [one([1, 4], 4.0, seed) for seed in (0, 1)][1]
+        _equal(session, f"generator untouched {options}", before, _generator(session))
+        (loop,) = one.engine._loops.values()  # type: ignore[attr-defined]
+        loop.graphs.span = 0
+        _equal(session, f"replay is the plain loop {options}", replayed, one([1, 4], 4.0, 1))
+    _streams(session, module)
+    _memory(session, sampler(session, 1, module, "fp32"))
+
+
+def _streams(session: Session, module: DiT) -> None:
+    """A given x_T that is still being written on the caller's stream, and a result that it reads at once."""
+    if session.device.type != "cuda":
+        return
+    one = sampler(session, 2, module, "fp32")
+    x_T = torch.randn(2, *one.model.shape, device=session.device)
+    want = one([1, 4], 4.0, 0, x_T=x_T) + 1
+    with torch.cuda.stream(torch.cuda.Stream(session.device)):
+        for _ in range(5):
+            late = torch.full_like(x_T, float("nan"))
+            torch.cuda._sleep(10_000_000)
+            late.copy_(x_T)
+            got = one([1, 4], 4.0, 0, x_T=late) + 1
+        sync(session.device)
+    _equal(session, "order on the caller's stream", got, want)
+
+
+def _memory(session: Session, one: fastcfg.Sampler) -> None:
+    calls = 2 if session.dry else 1000
+    for seed in range(2):
+        one([1], 4.0, seed)
+    before = _used(session)
+    done = 0
+    while done < calls and session.left() > 0:
+        one([1], 4.0, done)
+        done += 1
+    device, host = (after - start for after, start in zip(_used(session), before, strict=True))
+    session.report.row("growth on the device", device, "bytes", shape=f"{done} calls")
+    session.report.row("growth on the host", host, "KiB", shape=f"{done} calls")
+
+
+def _used(session: Session) -> tuple[int, int]:
+    sync(session.device)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (torch.cuda.memory_allocated(session.device) if session.device.type == "cuda" else 0), host
+
+
+def _generator(session: Session) -> Tensor:
+    return torch.cuda.get_rng_state(session.device) if session.device.type == "cuda" else torch.get_rng_state()
+
+
+def _equal(session: Session, name: str, got: Tensor, want: Tensor) -> None:
+    same = torch.equal(got, want)
+    session.report.row(name, int(same), "bits equal" if same else "bits DIFFER")

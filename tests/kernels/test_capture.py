@@ -1,0 +1,212 @@
+"""The capture lint, on the engine's own loops and on planted violations; and what the graphs are asked to replay."""
+
+from __future__ import annotations
+
+import threading
+from itertools import groupby
+
+import pytest
+import torch
+from test_cuda_engine import foreign_sampler, random_dit, sampler
+
+import fastcfg
+from fastcfg.engines import capture
+from fastcfg.engines.capture import CaptureLint, Lane, StepGraphs, lane_of, lint
+from fastcfg.kernels.adaln import adaln
+
+CPU = torch.device("cpu")
+
+
+def only_loop(one):
+    (loop,) = one.engine._loops.values()
+    return loop
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"eta": 0.8}, {"rescale": 0.7, "solver": "dpmpp_2m"}, {"solver": "ddpm", "interval": (200, 700)}],
+    ids=str,
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_dits_step_passes_and_launches_the_same_every_time(options, given):
+    one = sampler(random_dit(depth=1), steps=2, **options)
+    noise = torch.randn(2, 2, 3, 8, 8) if given else None
+    one([1, 4], 3.0, noise=noise)
+    loop = only_loop(one)
+    for guided in (True, False):
+        first = lint(lambda guided=guided: loop.step(guided))
+        one([2, 2], 5.0, 7, noise=noise)  # other labels, scales and seeds
+        assert lint(lambda guided=guided: loop.step(guided)) == first
+        kernels = [name for name, _ in first]
+        assert kernels[:3] == ["_adaln_kernel", "_linear_kernel", "_attention_kernel"]
+        assert len(kernels) == 7 + (4 + guided if "rescale" in options else 1)
+
+
+def test_the_two_kinds_of_step_differ_in_their_rows_only():
+    one = sampler(random_dit(depth=1), steps=2)
+    one([1, 4], 3.0)
+    guided, alone = (lint(lambda flag=flag: only_loop(one).step(flag)) for flag in (True, False))
+    assert [name for name, _ in guided] == [name for name, _ in alone]
+    assert guided != alone
+
+
+@pytest.mark.parametrize(
+    ("violation", "what"),
+    [
+        (lambda x: x + 1, "allocates"),
+        (lambda x: torch.empty(3), "allocates"),
+        (lambda x: x.reshape(2, 2).t().contiguous(), "allocates"),
+        (lambda x: x.to(torch.float64), "allocates"),
+        (lambda x: x[0].item(), "host"),
+        (lambda x: bool(x.any()), "allocates|host"),
+        (lambda x: torch.equal(x, x), "host"),
+        (lambda x: x.copy_(torch.empty(4, device="meta")), "between devices|allocates"),
+        (lambda x: x.nonzero(), "allocates"),
+        (lambda x: torch.cuda.synchronize(), "waits"),
+        (lambda x: torch.cuda.Event.synchronize(None), "waits"),
+    ],
+)
+def test_planted_violations_are_refused(violation, what):
+    x = torch.ones(4)
+    with pytest.raises(fastcfg.Error, match=what):
+        lint(lambda: violation(x))
+
+
+def test_copies_between_devices_are_refused():
+    x, elsewhere = torch.ones(4), torch.ones(4, device="meta")
+    with pytest.raises(fastcfg.Error, match="between devices"), CaptureLint():
+        elsewhere.copy_(x)
+
+
+def test_what_a_step_may_do_passes():
+    x, times = torch.ones(4), torch.arange(5.0)
+    out, at = torch.empty(4), torch.zeros(4, dtype=torch.int32)
+
+    def step():
+        torch.index_select(times, 0, at, out=out)
+        x[1:].view(3).copy_(out[1:])
+        at.add_(1)
+
+    assert lint(step) == lint(step) == []
+
+
+def test_a_kernel_that_makes_its_own_output_is_refused_and_one_that_moves_is_seen():
+    x, table, index = torch.ones(1, 4, 16), torch.ones(1, 32), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(fastcfg.Error, match="allocates"):
+        lint(lambda: adaln(x, table, index, 0, 16))
+    buffers = [torch.empty_like(x), torch.empty_like(x)]
+    first, second = (lint(lambda out=out: adaln(x, table, index, 0, 16, out=out)) for out in buffers)
+    assert first != second
+    assert lint(lambda: adaln(x, table, index, 0, 16, out=buffers[0])) == first
+
+
+class FakeGraph:
+    """Counts replays in place of a device; capturing runs nothing."""
+
+    def __init__(self, log, flag, length):
+        self.log, self.flag, self.length = log, flag, length
+
+    def replay(self):
+        self.log.append((self.flag, self.length))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """StepGraphs on a lane that seems to have a stream, and its log: replays as (guided, steps), eager steps as (guided, 0)."""
+    log = []
+    lane = Lane(CPU)
+    lane.stream = object()
+    made = StepGraphs(lane, span=4)
+    monkeypatch.setattr(made, "_capture", lambda step, flag, length: FakeGraph(log, flag, length))
+    return made, log
+
+
+def steps_of(log):
+    """The guided flags of the steps in a log."""
+    return [flag for flag, length in log for _ in range(max(1, length))]
+
+
+@pytest.mark.parametrize("pattern", ["1" * 50, "0001111100", "1", "01" * 6, "1" * 11 + "0" * 9, "0" * 8])
+def test_graphs_run_every_step_once_in_order(graphs, pattern):
+    made, log = graphs
+    guided = [flag == "1" for flag in pattern]
+    made.run(lambda flag: log.append((flag, 0)), guided)
+    assert steps_of(log) == guided
+    assert sum(length == 0 for _, length in log) == len(set(guided))  # one eager step of each kind, ever
+    log.clear()
+    made.run(lambda flag: log.append((flag, 0)), guided)
+    assert steps_of(log) == guided
+    assert all(length in (1, 4) for _, length in log)
+    runs = [len(list(run)) for _, run in groupby(guided)]
+    assert len(log) == sum(n // 4 + n % 4 for n in runs)
+
+
+def test_graphs_are_at_most_four_for_a_kind_of_noise_whatever_the_pattern(graphs):
+    made, log = graphs
+    generator = torch.Generator().manual_seed(0)
+    for variant in (False, True):
+        for _ in range(20):
+            guided = (torch.rand(30, generator=generator) < 0.8).tolist()
+            made.run(lambda flag: log.append((flag, 0)), guided, variant)
+    assert len(made._graphs) == 8
+
+
+def test_without_a_stream_steps_run_as_they_are():
+    log = []
+    StepGraphs(Lane(CPU)).run(log.append, [True, True, False])
+    assert log == [True, True, False]
+
+
+def test_engines_of_a_device_share_a_lane_and_take_turns():
+    first, second = sampler(random_dit()).engine, foreign_sampler().engine
+    assert first._lane is second._lane is lane_of(CPU)
+    entered, order = threading.Event(), []
+
+    def other():
+        entered.set()
+        with second._lane.turn():
+            order.append("other")
+
+    with first._lane.turn():
+        thread = threading.Thread(target=other)
+        thread.start()
+        entered.wait()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+
+
+def test_calls_from_several_threads_give_what_calls_in_turn_give():
+    one = sampler(random_dit(depth=1), steps=2, eta=0.5)
+    labels = ([0, 1], [2, 3], [4, 0])
+    want = [one(pair, 3.0, seed) for seed, pair in enumerate(labels)]
+    got: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda s=seed, pair=pair: got.update({s: one(pair, 3.0, s)}))
+        for seed, pair in enumerate(labels)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[seed], tensor) for seed, tensor in enumerate(want))
+
+
+def test_the_callers_random_state_is_left_alone():
+    one = sampler(random_dit(depth=1), steps=2, eta=0.5)
+    before = torch.get_rng_state()
+    one([1, 2], 3.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_failed_capture_names_its_first_cause():
+    def leave():
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("capture was invalidated")  # as leaving torch.cuda.graph does
+
+    with pytest.raises(RuntimeError, match="invalidated") as raised:
+        leave()
+    assert capture._first_cause(raised.value) == "operation not permitted when stream is capturing"

@@ -1,0 +1,110 @@
+"""The compile gate, in a process of its own: it compiles kernels, which the interpreter of this process does not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastcfg import Error
+from fastcfg.kernels.check import Case, Row, compile_case
+from fastcfg.kernels.noise import noise
+
+
+def compiling(program):
+    """What `program` prints where kernels compile; `rows(case)` is at hand, a Case's rows on sm_90."""
+    prelude = """
+import torch
+from fastcfg.kernels import attention, check, linear
+
+def rows(case, target="sm_90"):
+    for row in check.compile_case(case, target):
+        print(row)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    ran = subprocess.run([sys.executable, "-c", prelude + program], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_a_planted_spill_fails():
+    good, spilled = compiling("""
+def product(**tile):
+    config = linear.linear_config(1152, torch.bfloat16, "sm_90") | tile
+    h, weight = (torch.empty(1024, 1152, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    return check.Case("product", lambda: linear.linear(h, weight, config=config), product=True, work=check._tile_work)
+
+rows(product())
+rows(product(BLOCK_M=256, BLOCK_N=256, BLOCK_K=32))
+""")
+    assert good.endswith("ok")
+    assert "wgmma+TMA" in good
+    assert "spills" in spilled
+    assert not spilled.endswith("ok")
+
+
+def test_a_head_padded_to_128_fails():
+    good, padded = compiling("""
+def head():
+    return check.Case("d=72", lambda: check._attention(torch.bfloat16, 256, 72), product=True, work=check._head_work(72))
+
+rows(head())
+attention.head_parts = lambda head_dim, widest=128: (128, 0)
+rows(head())
+""")
+    assert good.endswith("ok")
+    assert "wgmma+TMA" in good
+    assert padded.endswith("1.78 times the multiply-adds asked for")
+
+
+def test_a_product_without_its_matrix_unit_or_copies_fails():
+    (row,) = compiling("""
+h, weight = (torch.empty(1024, 1152, dtype=torch.bfloat16, device="meta") for _ in range(2))
+config = linear.linear_config(1152, torch.bfloat16, "sm_90") | {"BLOCK_M": 32, "DESCRIPTORS": 0, "num_stages": 1}
+rows(check.Case("product", lambda: linear.linear(h, weight, config=config), product=True))
+""")
+    assert row.endswith("no wgmma; no asynchronous copies")
+
+
+def test_the_report_has_a_row_for_every_target_and_returns_what_fails():
+    header, *lines, count = compiling("""
+check.cases = lambda: [check.Case("d=64 T=64", lambda: check._attention(torch.float16, 64, 64), product=True, loop=True)]
+print(len(check.check_kernels()))
+""")
+    assert header.split() == ["kernel", "variant", "target", "registers", "spills", "shared", "uses", "verdict"]
+    assert [line.split()[3] for line in lines] == ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
+    assert [line.endswith("ok") for line in lines].count(False) == int(count)
+
+
+def test_every_kernel_has_a_case():
+    called = compiling("""
+for case in check.cases():
+    with check.offline("sm_90", lambda kernel, config, arguments: print(kernel.fn.__name__)):
+        case.call()
+""")
+    kernels = "noise adaln linear attention guided_step moments step_boundary patch_embed"
+    assert set(called) == {f"_{kernel}_kernel" for kernel in kernels.split()}
+
+
+def test_what_does_not_compile_is_a_row():
+    (row,) = compiling("""
+def broken(*arguments):
+    raise RuntimeError("no such luck")
+
+check._compile = broken
+rows(check.Case("broken", lambda: check._attention(torch.bfloat16, 256, 72)))
+""")
+    assert "does not compile: RuntimeError" in row
+    assert "no such luck" in row
+
+
+def test_an_interpreted_process_is_refused():
+    with pytest.raises(Error, match="TRITON_INTERPRET"):
+        compile_case(Case("", lambda: noise), "sm_90")
+
+
+def test_a_row_says_what_failed():
+    row = Row("linear", "bias", "sm_90", 255, 64, 1024, ("wgmma",), ("spills 64 bytes", "no asynchronous copies"))
+    assert str(row).split()[:6] == ["linear", "bias", "sm_90", "255", "64", "1024"]
+    assert str(row).endswith("spills 64 bytes; no asynchronous copies")
