@@ -25,10 +25,10 @@ from fastcfg.schedules import Schedule
 class Sampler:
     """Guided sampling from `model`: a Denoiser (what `fastcfg.load` returns), a DiT, or any module(x, t, y).
 
-    Fixed when it is made: steps, solver ("ddim", "ddpm", "dpmpp_2m", "euler"), spacing, eta, variance, clip (None: the
-    model's default; False, True, "keep_eps"), interval, rescale, guidance_channels (see `fastcfg.Guidance`), batch, device,
-    dtype, engine. For a module that is not ours: schedule, predicts, null_label, num_classes and shape (C, H, W) say how it
-    was trained. Labels, scale and seeds change from call to call at no cost.
+    Fixed when it is made: steps, solver ("ddim", "ddpm", "dpmpp_2m", "euler"), spacing, variance, interval, rescale,
+    guidance_channels (see `fastcfg.Guidance`), batch, device, dtype, engine; DDIM's eta, and clip (False, True, "keep_eps"),
+    where None is the model's own default. For a module that is not ours: schedule, predicts, null_label, num_classes and
+    shape (C, H, W) say how it was trained. Labels, scale and seeds change from call to call at no cost.
 
     variance: DDPM's; None takes the learned range where the model has one, else the posterior's.
     Raises Error, before any work, for whatever cannot be done.
@@ -41,7 +41,7 @@ class Sampler:
         steps: int = 50,
         solver: str = "ddim",
         spacing: str | Sequence[float] = "dit",
-        eta: float = 0.0,
+        eta: float | None = None,
         variance: str | None = None,
         clip: bool | str | None = None,
         interval: Interval | tuple[float, float] | str | None = None,
@@ -76,7 +76,7 @@ class Sampler:
             solver=solver,
             spacing=spacing,
             predicts=self.model.predicts,
-            eta=eta,
+            eta=eta if eta is not None else self.model.eta if solver == "ddim" else 0.0,
             variance=variance,
             clip=self.model.clip if clip is None else clip,
             guidance=self.guidance,

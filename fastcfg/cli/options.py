@@ -20,7 +20,7 @@ _SAMPLER_OPTIONS = (
     click.option("--steps", default=50, show_default=True, help="Sampling steps."),
     click.option("--solver", default="ddim", show_default=True, help=", ".join(SOLVERS)),
     click.option("--spacing", default="dit", show_default=True, help=", ".join(SPACINGS)),
-    click.option("--eta", default=0.0, show_default=True, help="DDIM's noise, 0 to 1."),
+    click.option("--eta", default=None, type=float, help="DDIM's noise, 0 to 1. [default: the model's]"),
     click.option("--variance", default=None, help=f"DDPM's: {', '.join(VARIANCES)}. [default: the model's]"),
     click.option("--clip", default=None, help="Clip x0: yes, no or keep_eps. [default: the model's]"),
     click.option("--interval", default=None, help="Guide only there: 100:261 (timesteps) or sigma:0.34:1.02."),

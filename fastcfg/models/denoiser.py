@@ -21,9 +21,9 @@ class Denoiser:
 
     shape: (C, H, W) of a sample. null_label: the y that stands for no condition: a whole number, or a tensor where y is an
     embedding; None for a model that has none, which can be sampled at scale 1 only. num_classes: valid labels are
-    0..num_classes-1; None where y is an embedding. learned_variance: channels C.. are v (2102.09672). clip: whether x0 is
-    clipped to [-1, 1] unless the caller says otherwise (pixel models). latent: samples are a VAE's latents. low_precision:
-    whether samples keep their quality in bfloat16, so that dtype "auto" may choose it.
+    0..num_classes-1; None where y is an embedding. learned_variance: channels C.. are v (2102.09672). clip, eta: whether x0
+    is clipped to [-1, 1] (pixel models), and DDIM's noise, unless the caller says otherwise. latent: samples are a VAE's
+    latents. low_precision: whether samples keep their quality in bfloat16, so that dtype "auto" may choose it.
     """
 
     module: nn.Module
@@ -34,6 +34,7 @@ class Denoiser:
     predicts: str = "eps"
     learned_variance: bool = False
     clip: bool = False
+    eta: float = 0.0
     latent: bool = False
     low_precision: bool = True
     label_names: tuple[str, ...] | None = None

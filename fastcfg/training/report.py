@@ -23,6 +23,7 @@ def ema_model(trainer: Trainer) -> Denoiser:
         schedule=schedule(trainer.config.schedule),
         predicts=trainer.config.predicts,
         clip=True,
+        eta=1.0,  # its noise washes out what errors of the network leave behind: see docs/training.md
         low_precision=False,  # at the noisy end x0 = (x - sigma eps) / alpha magnifies bfloat16's rounding of eps
         label_names=trainer.data.label_names,
         training={**trainer.config.to_json(), "step": trainer.step, "images_seen": trainer.step * trainer.config.batch},
