@@ -8,9 +8,10 @@ INSTALLED := .venv/.installed
 sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
 	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
 
-test: $(INSTALLED)  ## Every test: the package's, then the kernels' under the interpreter in a process of their own.
+test: $(INSTALLED)  ## Every test: the package's, the kernels' under the interpreter in a process of their own, their compilation.
 	$(BIN)/python -m pytest --ignore tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+	$(BIN)/fastcfg kernels check
 
 lint: $(INSTALLED)  ## Formatting, lint and types.
 	$(BIN)/ruff format --check .
@@ -20,7 +21,7 @@ lint: $(INSTALLED)  ## Formatting, lint and types.
 bench: $(INSTALLED)  ## pytest-benchmark suites.
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-quality: $(INSTALLED)  ## The quality table of the README: 2,000 samples a scale of the shipped model (about 25 minutes).
+quality: $(INSTALLED)  ## The quality table of the README: 2,000 samples a scale of the shipped model (about 20 minutes on two cores).
 	$(BIN)/python benchmarks/quality.py /usr/share/datasets/fashion-mnist
 
 $(INSTALLED): pyproject.toml constraints.txt
