@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastcfg import Denoiser, DiT, Error, Sampler
+from fastcfg.engines.workers import one_thread
 from fastcfg.noise import INITIAL_STEP, normal
 
 CLASSES = 5
