@@ -57,16 +57,17 @@ def philox_normal(seed: ArrayLike, offset: ArrayLike) -> NDArray[np.float32]:
     return _box_muller(philox(seed, (wide & _LOW, wide >> _SHIFT, np.uint64(0), np.uint64(0))))
 
 
-def normal(seeds: ArrayLike, indices: ArrayLike, step: int, shape: Sequence[int]) -> Tensor:
+def normal(seeds: ArrayLike, indices: ArrayLike, step: ArrayLike, shape: Sequence[int]) -> Tensor:
     """Noise for a batch of samples, float32 [B, *shape], on the CPU.
 
     seeds, indices: whole numbers [B], 64 bits each; row b depends on (seeds[b], indices[b], step) alone.
-    step: `INITIAL_STEP` for x_T, i + 1 for the i-th executed step.
+    step: `INITIAL_STEP` for x_T, i + 1 for the i-th executed step; one for all rows, or one a row [B].
     """
     key = np.asarray(seeds).astype(np.int64).reshape(-1, 1)
     index = np.asarray(indices).astype(np.int64).view(np.uint64).reshape(-1, 1)
     element = np.arange(int(np.prod(shape)), dtype=np.uint64)[None]
-    words = philox(key, (element, np.uint64(step), index & _LOW, index >> _SHIFT))
+    at = np.asarray(step).astype(np.uint64).reshape(-1, 1)
+    words = philox(key, (element, at, index & _LOW, index >> _SHIFT))
     return torch.from_numpy(_box_muller(words)).reshape(len(key), *shape)
 
 

@@ -119,8 +119,8 @@ def _noise_of_step(x: Tensor, step: Tensor, noise: Tensor | None, seeds: Tensor 
         return noise[step.long(), torch.arange(len(x), device=x.device)].to(x.dtype)
     assert seeds is not None
     assert indices is not None
-    rows = zip(seeds.tolist(), indices.tolist(), step.tolist(), strict=True)
-    return torch.cat([normal([s], [i], k + 1, x.shape[1:]) for s, i, k in rows]).to(x)
+    seed, index, k = (counter.cpu().numpy() for counter in (seeds, indices, step))
+    return normal(seed, index, k + 1, x.shape[1:]).to(x)
 
 
 def per_row(coef: Tensor, step: Tensor, x: Tensor) -> dict[str, Tensor]:

@@ -253,8 +253,7 @@ def _drawn(seeds: Tensor | None, indices: Tensor | None, step: Tensor, x: Tensor
     """Each sample's noise at its own step, float64 like x."""
     assert seeds is not None
     assert indices is not None
-    rows = zip(seeds.tolist(), indices.tolist(), step.tolist(), strict=True)
-    return torch.cat([normal([seed], [index], k + 1, x.shape[1:]) for seed, index, k in rows]).double()
+    return normal(seeds.numpy(), indices.numpy(), step.numpy() + 1, x.shape[1:]).double()
 
 
 def _into(out: Tensor | None, value: Tensor) -> Tensor:

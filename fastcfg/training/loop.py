@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Trainer:
                 last = self.step == self.config.steps
                 if self.step % self.config.save_every == 0 or last:
                     loss = torch.stack(losses).mean().item()
-                    if not torch.isfinite(torch.tensor(loss)):
+                    if not math.isfinite(loss):
                         raise Error(f"the loss is {loss} near step {step}: lower lr; {self.state_path} is from before")
                     speed = len(losses) * self.config.batch / (time.perf_counter() - start)
                     bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
@@ -85,8 +86,9 @@ class Trainer:
                     self.save()
                     start, losses = time.perf_counter(), []
                 if on_sample is not None and (self.step % self.config.sample_every == 0 or last):
+                    begin = time.perf_counter()
                     on_sample(self)
-                    start += 0.0 if losses else time.perf_counter() - start  # keep pictures out of the speed
+                    start += time.perf_counter() - begin  # keep pictures out of the speed
 
     def save(self) -> None:
         save_state(
@@ -97,8 +99,8 @@ class Trainer:
             optimizers=self.optimizers,
         )
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Generator]:
-        """(x0, labels after dropout, t, noise, generator) of a step."""
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x0, labels after dropout, t, noise) of a step."""
         per_epoch = max(1, len(self._images) // self.config.batch)
         epoch, position = divmod(step, per_epoch)
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
@@ -109,10 +111,10 @@ class Trainer:
         dropped = torch.rand(len(index), generator=generator) < self.config.label_dropout
         labels = torch.where(dropped, self.data.num_classes, self._labels[index])
         t = torch.randint(len(self._alpha), (len(index),), generator=generator)
-        return x0, labels, t, torch.randn(x0.shape, generator=generator), generator
+        return x0, labels, t, torch.randn(x0.shape, generator=generator)
 
     def _train_step(self, step: int) -> Tensor:
-        x0, labels, t, eps, _ = self.batch(step)
+        x0, labels, t, eps = self.batch(step)
         alpha, sigma = (table[t].view(-1, 1, 1, 1) for table in (self._alpha, self._sigma))
         target = prediction_target(self.config.predicts, x0, eps, alpha, sigma)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
@@ -168,7 +170,7 @@ class Trainer:
             self._forward = torch.compile(self.model)
 
     def _time_forward(self, dtype: torch.dtype) -> float:
-        x0, labels, t, _, _ = self.batch(0)
+        x0, labels, t, _ = self.batch(0)
         times = []
         for _ in range(3):
             begin = time.perf_counter()
