@@ -202,10 +202,12 @@ def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Tensor, ND
 
     guided: [steps, rows]. A row then never pays for a neighbour's null forward, nor does its arithmetic depend on it.
     """
-    patterns, kind = np.unique(guided, axis=1, return_inverse=True)
-    for k in range(patterns.shape[1]):
-        for part in torch.from_numpy(np.flatnonzero(kind.reshape(-1) == k)).split(batch):
-            yield part, patterns[:, k]
+    groups: dict[bytes, list[int]] = {}
+    for row, pattern in enumerate(np.ascontiguousarray(np.packbits(guided, axis=0).T)):
+        groups.setdefault(pattern.tobytes(), []).append(row)
+    for rows in groups.values():
+        for part in torch.tensor(rows).split(batch):
+            yield part, guided[:, rows[0]]
 
 
 def _counters(seeds: Any, indices: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
