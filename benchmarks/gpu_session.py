@@ -1,11 +1,14 @@
 """All that a GPU must show, in one command from a bare checkout: correctness first, then ceilings, kernels and loops.
 
     python benchmarks/gpu_session.py                          # under 9 minutes; writes benchmarks/results/<gpu>.csv
-    python benchmarks/gpu_session.py --sections compiled      # one section, with all the time to itself
+    python benchmarks/gpu_session.py --sections tune          # one section, with all the time to itself
     TRITON_INTERPRET=1 python benchmarks/gpu_session.py --dry-run --out /tmp/dry    # the code paths, tiny, without a GPU
 
 Needs torch and triton, no installation and no network. Rows are written as they come. A section that fails is a row with
 its message, and one that takes too long is stopped; the others go on. Exit code 1 if anything was wrong.
+
+"tune" also writes <gpu>.json beside the CSV: the tiles that won on this GPU. Name its path in FASTCFG_TUNED to use it; a table
+in kernels/tables is used wherever that GPU is. The other sections run with the table that was in use when they began.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ GRACE = 1.3  # a section is interrupted at this many times its own length, shoul
 
 def sections() -> dict[str, tuple[float, Callable[[Any], None]]]:
     """name: (seconds, what it runs), in order."""
-    from gpu import correctness, loops, speed
+    from gpu import correctness, loops, speed, tune
 
     return {
         "correctness": (75, correctness.kernels),
@@ -44,6 +47,7 @@ def sections() -> dict[str, tuple[float, Callable[[Any], None]]]:
         "eager": (45, loops.eager),
         "diffusers": (25, loops.diffusers),
         "spans": (30, loops.spans),
+        "tune": (45, tune.tune),
         "compiled": (150, loops.compiled),
     }
 

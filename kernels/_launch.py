@@ -12,14 +12,16 @@ import triton
 from torch import Tensor
 
 from fastcfg.errors import Error
+from fastcfg.kernels import tuned
+from fastcfg.kernels.tuned import Config, Key
 
-Config = dict[str, int]  # tile sizes by the kernel's own names, num_warps, num_stages
 LaunchHook = Callable[[Any, Config, dict[str, Any]], None]
+Lookup = Callable[[Key], Config | None]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
-_offline: tuple[str, LaunchHook] | None = None  # (target, hook) inside `offline`
+_offline: tuple[str, LaunchHook, Lookup] | None = None  # what `offline` was given, inside it
 
 
 class Cost(NamedTuple):
@@ -35,10 +37,13 @@ def interpreted() -> bool:
 
 
 @contextlib.contextmanager
-def offline(target: str, hook: LaunchHook) -> Iterator[None]:
-    """Inside, launches go to `hook` instead of a device and configurations are `target`'s: meta tensors are enough."""
+def offline(target: str, hook: LaunchHook, lookup: Lookup = lambda key: None) -> Iterator[None]:
+    """Inside, launches go to `hook` instead of a device and configurations are `target`'s: meta tensors are enough.
+
+    lookup: answers for the device's table of tuned configurations; None is the default's.
+    """
     global _offline
-    _offline, before = (target, hook), _offline
+    _offline, before = (target, hook, lookup), _offline
     try:
         yield
     finally:
@@ -57,6 +62,22 @@ def target_of(tensor: Tensor) -> str:
         return str(torch.cuda.get_device_properties(tensor.device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return f"sm_{major}{minor}"
+
+
+def gpu_of(tensor: Tensor) -> str:
+    """The name of the tensor's GPU, which tables of tuned configurations go by, or "interpreter"."""
+    return "interpreter" if target_of(tensor) == "interpreter" else torch.cuda.get_device_name(tensor.device)
+
+
+def tuned_config(kernel: str, tensors: Sequence[Tensor | None], **shape: int) -> Config | None:
+    """The configuration measured for a kernel on the tensors' GPU, dtypes and a model's shape; None where there is none.
+
+    shape: what `tuned.FIELDS` names for the kernel. It must not depend on the number of rows: a sample's bits would.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in given)
+    asked = tuned.key(kernel, "+".join(dtypes), shape)
+    return _offline[2](asked) if _offline is not None else tuned.configurations(gpu_of(given[0])).get(asked)
 
 
 def family(target: str) -> str:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, into, launch, next_power_of_2, wide
+from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, into, launch, next_power_of_2, tuned_config, wide
 
 
 def adaln_ref(
@@ -80,7 +80,7 @@ def adaln(
         raise Error(f"index must have a multiple of x's {B} rows, got {R}")
     out = torch.empty(R, T, D, dtype=x.dtype, device=x.device) if out is None else out
     check("out", out, [R, T, D], FLOATS, x.device)
-    config = config or adaln_config(D)
+    config = config or tuned_config("adaln", (x, out), D=D) or adaln_config(D)
     launch(
         _adaln_kernel, (R, cdiv(T, config["TOKENS"])), x.device, config,
         x=x, table=table, index=index, out=out, eps=float(eps), sources=B, tokens=T, width=table.shape[1],

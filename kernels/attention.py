@@ -35,6 +35,7 @@ from fastcfg.kernels._launch import (
     launch,
     next_power_of_2,
     target_of,
+    tuned_config,
     wide,
 )  # fmt: skip
 
@@ -135,8 +136,9 @@ def attention(qkv: Tensor, heads: int, *, out: Tensor | None = None, config: Con
     target = target_of(qkv)
     # TF32 passes hold both operands' high and low parts in registers, which is too much at 128 columns
     main, rest = head_parts(head_dim, widest=64 if qkv.dtype == torch.float32 else MAX_HEAD_DIM)
+    config = config or tuned_config("attention", (qkv,), tokens=T, head_dim=head_dim)
     config = dict(config or attention_config(T, head_dim, qkv.dtype, target))
-    descriptors = bool(config.pop("DESCRIPTORS")) and qkv.data_ptr() % 16 == 0
+    config["DESCRIPTORS"] = descriptors = bool(config["DESCRIPTORS"]) and qkv.data_ptr() % 16 == 0
     operands = [qkv, qkv]
     if descriptors:
         operands = [_descriptor(qkv, heads, config["BLOCK_N"], part) for part in (main, rest or main)]
@@ -144,7 +146,6 @@ def attention(qkv: Tensor, heads: int, *, out: Tensor | None = None, config: Con
         _attention_kernel, (R * heads * cdiv(T, config["BLOCK_M"]),), qkv.device, config,
         qkv=qkv, main=operands[0], rest=operands[1], out=out, scale=math.log2(math.e) / math.sqrt(head_dim), T=T,
         HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest, PRECISION=dot_precision(qkv.dtype, target),
-        DESCRIPTORS=descriptors,
     )  # fmt: skip
     return out
 

@@ -1,7 +1,8 @@
 """Compiles every kernel for every target without a GPU, and gates what the compiler made of it.
 
 Each case calls a kernel's own host function on meta tensors; the launch is caught and compiled with the tile sizes, types
-and divisibility that it would have on that target. The gates of a row:
+and divisibility that it would have on that target. So is each entry of the shipped tables (see `tuned.py`), for the target
+that it was measured on. The gates of a row:
 - no spills: no stack bytes by cuobjdump, or none that the assembler calls spills;
 - at most 255 registers (512 on gfx942), and shared memory within the target's limit;
 - products use the target's matrix unit (wgmma on sm_90), and in their loops asynchronous copies (cp.async or TMA);
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import TARGETS, Config, interpreted, offline
+from fastcfg.kernels._launch import TARGETS, Config, Lookup, family, interpreted, offline
 from fastcfg.kernels.adaln import adaln
 from fastcfg.kernels.attention import attention
 from fastcfg.kernels.guided_step import guided_step
@@ -36,11 +38,14 @@ from fastcfg.kernels.linear import linear
 from fastcfg.kernels.noise import noise
 from fastcfg.kernels.patch_embed import patch_embed
 from fastcfg.kernels.step_boundary import step_boundary
+from fastcfg.kernels.tuned import Key, shipped_tables
 
 MAX_WASTE = 1.25
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block
+SHARED_LIMIT |= {"sm_86": 101376, "sm_89": 101376}  # less than others of their family
 MATRIX_UNIT = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
 
+_ASKS_OF_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
@@ -88,25 +93,48 @@ HEADER = _LINE.format("kernel", "variant", "target", "registers", "spills", "sha
 
 
 def check_kernels(targets: Sequence[str] = TARGETS, show: Callable[[str], object] = print) -> list[str]:
-    """Compiles all cases for `targets`, shows a row for each, and returns the lines of those that fail a gate.
+    """Compiles all cases and shipped entries for `targets`, shows a row for each, and returns the lines of those that fail.
 
-    Raises Error for an unknown target and in a process whose kernels are interpreted.
+    Raises Error for an unknown target, a damaged table, and in a process whose kernels are interpreted.
     """
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
         raise Error(f"unknown targets {unknown}: known are {', '.join(TARGETS)}")
+    tables = [table for table in shipped_tables() if family(table.target) in targets]
     show(HEADER)
     failed = []
-    for case in cases():
-        for target in targets:
-            for row in compile_case(case, target):
-                show(str(row))
-                failed += [str(row)] if row.failures else []
+    for row in chain(
+        (row for case in cases() for target in targets for row in compile_case(case, target)),
+        (row for table in tables for entry in table.entries for row in compile_entry(entry.key, entry.config, table.target)),
+    ):
+        show(str(row))
+        failed += [str(row)] if row.failures else []
     return failed
 
 
-def compile_case(case: Case, target: str) -> list[Row]:
-    """Compiles every launch of the case for `target`, one row each."""
+def compile_entry(key: Key, config: Config, target: str, heads: int = 16) -> list[Row]:
+    """Compiles the launches that would take `config` for `key` from a table, on whatever paths a plan may ask for.
+
+    That no launch would take it is a row that fails. heads: attention's, which its key leaves open.
+    """
+    asked: list[Key] = []
+    try:
+        case = tuned_case(key, config, heads)
+        with offline(target, lambda kernel, config, arguments: None, asked.append):
+            case.call()
+    except Error as error:
+        return [_failed(key.kernel, str(key), target, str(error))]
+    if set(asked) != {key}:
+        return [_failed(key.kernel, str(key), target, f"launches of this kind ask for {asked[0]}")]
+    return compile_case(case, target, {key: config}.get)
+
+
+def _failed(kernel: str, variant: str, target: str, reason: str) -> Row:
+    return Row(kernel, variant, target, None, None, None, (), (reason,))
+
+
+def compile_case(case: Case, target: str, lookup: Lookup = lambda key: None) -> list[Row]:
+    """Compiles every launch of the case for `target`, one row each. lookup: see `offline`."""
     if interpreted():
         raise Error("the kernel check compiles kernels, which TRITON_INTERPRET prevents: unset it")
     rows: list[Row] = []
@@ -118,11 +146,11 @@ def compile_case(case: Case, target: str) -> list[Row]:
         except Exception as error:  # whatever stops a compiler is a row of the report, not its end
             last = (str(error).strip().splitlines() or [""])[-1]
             reason = f"does not compile: {type(error).__name__}: {last}"
-            rows.append(Row(name, case.variant, target, None, None, None, (), (reason,)))
+            rows.append(_failed(name, case.variant, target, reason))
             return
         rows.append(_inspect(name, case, target, config, compiled))
 
-    with offline(target, hook):
+    with offline(target, hook, lookup):
         case.call()
     return rows
 
@@ -132,34 +160,38 @@ def _compile(kernel: Any, config: Config, arguments: dict[str, Any], target: str
     values = arguments | {name: value for name, value in config.items() if name not in options}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    divisible: dict[tuple[int, ...], list[list[Any]]] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         kind, by_16 = _specialise(value, parameter.is_constexpr, parameter.do_not_specialize)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
-        elif by_16:
-            divisible[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, divisible)
+        if by_16 is not None:
+            attributes[(i,)] = [["tt.divisibility", 16]] if by_16 else []
+    source = ASTSource(kernel, signature, constants, attributes)
     if target.startswith("gfx"):
         return triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
     return triton.compile(source, target=GPUTarget("cuda", int(target[3:]), 32), options=options)
 
 
-def _specialise(value: Any, constexpr: bool, unspecialised: bool) -> tuple[str, bool]:
-    """The type that a launch gives an argument, and whether it is known to be divisible by 16."""
+def _specialise(value: Any, constexpr: bool, unspecialised: bool) -> tuple[str, bool | None]:
+    """The type that a launch gives an argument, and whether it is divisible by 16, None where a launch does not ask.
+
+    No and None compile to the same, but as a launch has them, it finds in the compiler's cache what is compiled here.
+    """
+    constant = False if _ASKS_OF_CONSTANTS or isinstance(value, str) else None
     if constexpr or value is None or isinstance(value, bool):
-        return "constexpr", False
+        return "constexpr", constant
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>", False
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>", None
     if isinstance(value, float):
-        return "fp32", False
+        return "fp32", None
     if value == 1 and not unspecialised:
-        return "constexpr", False
-    return "i32" if value < 2**31 else "i64", value % 16 == 0 and not unspecialised
+        return "constexpr", constant
+    return "i32" if value < 2**31 else "i64", None if unspecialised else value % 16 == 0
 
 
 def _inspect(name: str, case: Case, target: str, config: Config, compiled: Any) -> Row:
@@ -177,11 +209,12 @@ def _inspect(name: str, case: Case, target: str, config: Config, compiled: Any) 
         failures.append(f"spills {spills} bytes")
     if registers > limit:
         failures.append(f"{registers} registers, {limit} at most")
-    if shared > SHARED_LIMIT[target]:
-        failures.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[target]} at most")
+    most = SHARED_LIMIT.get(target, SHARED_LIMIT[family(target)])
+    if shared > most:
+        failures.append(f"{shared} bytes of shared memory, {most} at most")
     if case.product:
         failures += [f"no {what}" for what in _missing(case, target, features)]
-    if case.work is not None and target == "sm_90":
+    if case.work is not None and family(target) == "sm_90":
         waste = _wgmma_work(text) * config["num_warps"] / 4 / case.work(config)
         failures += [f"{waste:.2f} times the multiply-adds asked for"] if waste > MAX_WASTE else []
     return Row(name, case.variant, target, registers, spills, shared, features, tuple(failures))
@@ -197,7 +230,7 @@ def _features(ptx: str) -> tuple[str, ...]:
 
 def _missing(case: Case, target: str, features: Sequence[str]) -> Iterable[str]:
     """What a product on that target must use and does not."""
-    unit = "mma" if case.small and target.startswith("sm_") else MATRIX_UNIT[target]
+    unit = "mma" if case.small and target.startswith("sm_") else MATRIX_UNIT[family(target)]
     if unit not in features:
         yield unit
     if case.loop and target.startswith("sm_") and not {"cp.async", "TMA"} & set(features):
@@ -247,19 +280,54 @@ def _last(pattern: str, text: str) -> int:
     return int(found[-1])
 
 
+def tuned_case(key: Key, config: Config, heads: int) -> Case:
+    """The launches whose configuration is looked up as `key`: as DiT's DDIM with noise has them, and with every path on."""
+    sizes, dtype = dict(key.shape), getattr(torch, key.dtype)
+    name = f"{_short(dtype)} {' '.join(f'{name}={size}' for name, size in key.shape)}"
+    if key.kernel == "linear":
+        tokens = sizes["gate_tokens"]
+        options = {"gate": bool(tokens), "gelu": bool(sizes["gelu"])}
+        return _linear_case(name, dtype, tokens or 256, sizes["N"], sizes["K"], **options)
+    if key.kernel == "attention":
+        return _attention_case(name, dtype, sizes["tokens"], sizes["head_dim"], heads)
+    if key.kernel == "step_boundary":
+        small = config["TOKENS"] < 64
+        return Case(name, partial(_boundaries, dtype, **sizes), product=True, small=small)
+    if key.kernel == "adaln":
+        return Case(name, partial(_adaln, sizes["D"], dtype))
+    return Case(name, partial(_guided_steps, dtype, **sizes))
+
+
+def _boundaries(dtype: torch.dtype, *, columns: int, D: int, learned: int) -> None:
+    for every in (True, False):
+        paths = {"history": every, "noise": True, "clip": every, "learned": bool(learned)}
+        _boundary(dtype, 2, columns // 4, D, 32, paths, out_channels=columns // 2)
+
+
+def _guided_steps(dtype: torch.dtype, *, elements: int) -> None:
+    x, model_out = _meta(4, 1, elements), _meta(8, 2, elements, dtype=dtype)
+    full = {"x0_prev": torch.empty_like(x), "clip": True, "learned": True}
+    for paths in ({**full, "model_input": _meta(8, 1, elements, dtype=dtype)}, {}):
+        guided_step(model_out, x, **_at_steps(noise=True), **paths)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in the shapes of DiT-XL/2 at 256 px, and of the models that take other paths."""
     yield Case("", lambda: noise(_meta(4, dtype=torch.int64), _meta(4, dtype=torch.int64), 1, out=_samples()))
     for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+        name = _short(dtype)
         yield from _step_cases(name, dtype)
         for D in (128, 1152):
             yield Case(f"{name} D={D}", partial(_adaln, D, dtype))
         yield from _linear_cases(name, dtype)
         yield from _attention_cases(name, dtype)
         yield from _boundary_cases(name, dtype)
-    yield Case("fp16 gate", partial(_linear, torch.float16, 256, 1152, 1152), product=True, work=_tile_work)
-    yield Case("fp16 d=72 T=256", partial(_attention, torch.float16, 256, 72), product=True, work=_head_work(72))
+    yield _linear_case("fp16 gate", torch.float16, 256, 1152, 1152)
+    yield _attention_case("fp16 d=72 T=256", torch.float16, 256, 72)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -309,8 +377,12 @@ def _tile_work(config: Config) -> int:
     return config["BLOCK_M"] * config["BLOCK_N"] * config["BLOCK_K"]
 
 
-def _linear_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
+def _linear_case(variant: str, dtype: torch.dtype, T: int, N: int, K: int, **options: bool) -> Case:
     work = None if dtype == torch.float32 else _tile_work  # float32 takes three passes
+    return Case(variant, partial(_linear, dtype, T, N, K, **options), product=True, work=work)
+
+
+def _linear_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
     variants: tuple[tuple[str, int, int, int, dict[str, bool]], ...] = (
         ("gelu", 256, 4608, 1152, {"gate": False, "gelu": True}),
         ("gate", 256, 1152, 4608, {}),
@@ -320,30 +392,34 @@ def _linear_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
         ("gate unaligned", 49, 98, 98, {}),
     )
     for variant, T, N, K, options in variants:
-        call = partial(_linear, dtype, T, N, K, **options)
-        yield Case(f"{name} {variant}", call, product=True, work=work)
+        yield _linear_case(f"{name} {variant}", dtype, T, N, K, **options)
 
 
-def _attention(dtype: torch.dtype, T: int, head_dim: int) -> None:
-    attention(_meta(4, T, 3 * 4 * head_dim, dtype=dtype), 4)
+def _attention(dtype: torch.dtype, T: int, head_dim: int, heads: int = 4) -> None:
+    attention(_meta(4, T, 3 * heads * head_dim, dtype=dtype), heads)
 
 
 def _head_work(head_dim: int) -> Callable[[Config], int]:
     return lambda config: 2 * config["BLOCK_M"] * config["BLOCK_N"] * head_dim
 
 
+def _attention_case(variant: str, dtype: torch.dtype, T: int, head_dim: int, heads: int = 4) -> Case:
+    work = None if dtype == torch.float32 else _head_work(head_dim)
+    return Case(variant, partial(_attention, dtype, T, head_dim, heads), product=True, loop=T > 64, work=work)
+
+
 def _attention_cases(name: str, dtype: torch.dtype) -> Iterator[Case]:
     for T, head_dim in ((256, 64), (256, 72), (256, 128), (49, 32), (250, 72), (256, 16))[: 3 if name == "fp32" else None]:
-        work = None if dtype == torch.float32 else _head_work(head_dim)
-        call = partial(_attention, dtype, T, head_dim)
-        yield Case(f"{name} d={head_dim} T={T}", call, product=True, loop=T > 64, work=work)
+        yield _attention_case(f"{name} d={head_dim} T={T}", dtype, T, head_dim)
 
 
-def _boundary(dtype: torch.dtype, p: int, C: int, D: int, side: int, paths: dict[str, Any]) -> None:
+def _boundary(
+    dtype: torch.dtype, p: int, C: int, D: int, side: int, paths: dict[str, Any], out_channels: int | None = None
+) -> None:
     T, x = (side // p) ** 2, _samples(C, side)
     embedding = {"embed_weight": _meta(D, C, p, p, dtype=dtype), "embed_bias": _meta(D, dtype=dtype)}
     embedding |= {"position": _meta(T, D, dtype=dtype), "tokens": _meta(4, T, D, dtype=dtype)}
-    outputs = p * p * C * (2 if paths.get("learned") else 1)
+    outputs = p * p * (out_channels or C * (2 if paths.get("learned") else 1))
     options = {key: value for key, value in paths.items() if key not in ("history", "noise")}
     step_boundary(
         _meta(8, T, D, dtype=dtype), _meta(9, 2 * D, dtype=dtype), _meta(8, dtype=torch.int32), 0, D,

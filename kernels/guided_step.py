@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, launch, next_power_of_2, wide
+from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, launch, next_power_of_2, tuned_config, wide
 from fastcfg.kernels._step import C_NOISE, GUIDED, WIDTH, check_step, guide, guide_ref, solver_update, solver_update_ref
 
 CHUNK = 4096  # elements behind one entry of the moments table
@@ -179,7 +179,7 @@ def guided_step(
         check("moments", moments, moments_shape(x, channels), torch.float32, x.device)
         tables = {"moments": moments, "scale": scale, "step": step, "CHUNK": CHUNK}
         launch(_moments_kernel, (B, chunks), x.device, _MOMENTS_CONFIG, model_out=model_out, **tables, **sizes)
-    config = config or guided_step_config()
+    config = config or tuned_config("guided_step", (model_out,), elements=elements) or guided_step_config()
     launch(
         _guided_step_kernel, (B, cdiv(elements, config["BLOCK"])), x.device, config,
         model_out=model_out, x=x, out=out, model_input=model_input, moments=moments if rescaled else None,
@@ -215,10 +215,10 @@ def guided_step_cost(
     model_input: Tensor | None = None,
 ) -> Cost:
     B, C = x.shape[:2]
-    n, e = x.numel(), model_out.element_size()
+    n, e, state = x.numel(), model_out.element_size(), x.element_size()
     guided = n // C * (C if channels is None else channels) if len(model_out) == 2 * B else 0
-    read = e * (n + guided + n * learned) + 4 * n * (1 + history + given_noise)
-    written = 4 * n * (1 + history) + (0 if model_input is None else model_input.numel() * model_input.element_size())
+    read = e * (n + guided + n * learned) + state * n * (1 + history) + 4 * n * given_noise
+    written = state * n * (1 + history) + (0 if model_input is None else model_input.numel() * model_input.element_size())
     passes = 2 if rescale else 1
     return Cost(bytes=read + written + (passes - 1) * 2 * guided * e, flops=8 * n + (3 + 7 * (passes - 1)) * guided)
 

@@ -37,6 +37,7 @@ from fastcfg.kernels._launch import (
     into,
     launch,
     target_of,
+    tuned_config,
     wide,
 )  # fmt: skip
 from fastcfg.kernels.adaln import check_table
@@ -172,9 +173,13 @@ def linear(
     if residual is not None and len(residual) < len(h) and out.data_ptr() == residual.data_ptr() != 0:
         raise Error("out cannot be the residual where rows share it")
     target = target_of(h)
-    config = dict(config or linear_config(N, h.dtype, target, tokens if residual is not None else 0))
+    gate_tokens = tokens if residual is not None else 0
+    config = config or tuned_config("linear", (h, out, residual), N=N, K=K, gelu=int(gelu), gate_tokens=gate_tokens)
+    config = dict(config or linear_config(N, h.dtype, target, gate_tokens))
     shapes = [(h, K), (weight, K), (out, N)] + [(residual, N)] * (residual is not None)
-    descriptors = bool(config.pop("DESCRIPTORS")) and all(_aligned(tensor, width) for tensor, width in shapes)
+    config["DESCRIPTORS"] = descriptors = bool(config["DESCRIPTORS"]) and all(
+        _aligned(tensor, width) for tensor, width in shapes
+    )
     gate = NO_GATE if residual is None else ROW_GATES if tokens % config["BLOCK_M"] else ONE_GATE
     operands: dict[str, Any] = {"h": h, "weight": weight, "out": out, "residual": residual}
     if descriptors:
@@ -189,7 +194,7 @@ def linear(
         bias=bias, table=table, index=index, rows=rows, tokens=tokens,
         sources=1 if residual is None else len(residual), table_width=0 if table is None else table.shape[1],
         gate_column=gate_column, N=N, K=K, BIAS=bias is not None, GELU=bool(gelu), GATE=gate.value,
-        PRECISION=dot_precision(h.dtype, target), DESCRIPTORS=descriptors, **operands,
+        PRECISION=dot_precision(h.dtype, target), **operands,
     )  # fmt: skip
     return out
 
@@ -225,7 +230,8 @@ _TILES = {
 def linear_cost(h: Tensor, weight: Tensor, *, residual: Tensor | None = None, out: Tensor) -> Cost:
     N, K = weight.shape
     M, e = h.numel() // K, h.element_size()
-    read = e * (M * K + N * K + N) + (0 if residual is None else residual.numel() * residual.element_size())
+    read = e * (M * K + N) + weight.element_size() * N * K
+    read += 0 if residual is None else residual.numel() * residual.element_size()
     return Cost(bytes=read + out.numel() * out.element_size(), flops=2 * M * N * K)
 
 

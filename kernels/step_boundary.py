@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, dot_precision, family, launch, target_of
+from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, dot_precision, family, launch, target_of, tuned_config
 from fastcfg.kernels._step import GUIDED, WIDTH, check_step, guide, solver_update
 from fastcfg.kernels.adaln import adaln_ref, check_table
 from fastcfg.kernels.guided_step import guided_step_ref
@@ -227,6 +227,7 @@ def step_boundary(
     _check_embedding(x, h, patch, embedding)
     T, D = h.shape[1:]
     target, columns = target_of(h), patch_columns(C, patch, MAX_VALUES)
+    config = config or tuned_config("step_boundary", (h, weight), columns=columns, D=D, learned=int(learned))
     config = config or step_boundary_config(columns, weight.dtype, target)
     launch(
         _step_boundary_kernel, (B, cdiv(T, config["TOKENS"])), x.device, config,

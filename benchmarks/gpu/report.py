@@ -7,13 +7,15 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import triton
+
+from fastcfg.kernels.tuned import slug
 
 COLUMNS = (
     "section", "name", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "value", "unit", "fraction",
@@ -49,8 +51,7 @@ class Report:
         self.section = ""
         self.machine = _machine(device)
         folder.mkdir(parents=True, exist_ok=True)
-        name = "".join(c if c.isalnum() else "-" for c in self.machine["gpu"]).strip("-").lower()
-        self.path = folder / f"{name}.csv"
+        self.path = folder / f"{slug(self.machine['gpu'])}.csv"
         self._file: IO[str] = self.path.open("w", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
@@ -102,22 +103,31 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
 
 def measure(call: Callable[[], object], device: torch.device, seconds: float = 0.4, least: int = 5, most: int = 200) -> Times:
     """Percentiles of the time of a call, caches cold: between `least` and `most` calls, `seconds` where that is in between."""
-    call()
+    return interleaved([call], device, seconds, least, most)[0]
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 0.4, least: int = 5, most: int = 200
+) -> list[Times]:
+    """`measure` of several calls, which take turns, so that a slower clock or a busy moment falls on all of them."""
+    for call in calls:
+        call()
     sync(device)
     if device.type != "cuda":
-        return _percentiles([_host_seconds(call) for _ in range(2)])
+        return [_percentiles([_host_seconds(call) for _ in range(2)]) for call in calls]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     begin = time.monotonic()
-    taken: list[float] = []
-    while len(taken) < least or (len(taken) < most and time.monotonic() - begin < seconds):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) / 1e3)
-    return _percentiles(taken)
+    taken: list[list[float]] = [[] for _ in calls]
+    while len(taken[0]) < least or (len(taken[0]) < most and time.monotonic() - begin < seconds):
+        for call, times in zip(calls, taken, strict=True):
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+    return [_percentiles(times) for times in taken]
 
 
 def _host_seconds(call: Callable[[], object]) -> float:

@@ -22,7 +22,7 @@ from fastcfg.engines.base import Request, fingerprint, refuse_stale, refuse_trai
 from fastcfg.engines.capture import Lane, StepGraphs, lane_of
 from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import interpreted
+from fastcfg.kernels._launch import gpu_of, interpreted
 from fastcfg.kernels._step import step_table
 from fastcfg.kernels.adaln import adaln
 from fastcfg.kernels.attention import MAX_HEAD_DIM, attention
@@ -31,6 +31,7 @@ from fastcfg.kernels.linear import linear
 from fastcfg.kernels.noise import noise
 from fastcfg.kernels.patch_embed import MAX_COLUMNS, patch_embed
 from fastcfg.kernels.step_boundary import MAX_VALUES, step_boundary
+from fastcfg.kernels.tuned import table_for
 from fastcfg.models.denoiser import Denoiser, call_module
 from fastcfg.models.dit import DiTConfig
 from fastcfg.noise import INITIAL_STEP
@@ -51,6 +52,8 @@ class CudaEngine:
     name = "cuda"
 
     def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None = None):
+        if plan.gradient is not None:
+            raise Error("engine 'cuda' replays CUDA graphs, which hold no classifier's gradient: use the reference engine")
         if (device.type == "cpu") != interpreted() or device.type not in ("cpu", "cuda"):
             raise Error(
                 f"engine 'cuda' needs a GPU (or TRITON_INTERPRET=1 and device 'cpu', for tests), got device {str(device)!r}: "
@@ -58,8 +61,8 @@ class CudaEngine:
             )
         self.model, self.plan = model, plan
         self.device = torch.empty(0, device=device).device  # with its index
-        obstacle = _obstacle(model)
-        self.notes: tuple[str, ...] = (f"the module's own forward is used: {obstacle}",) if obstacle else ()
+        obstacle = why_not_fused(model)
+        self.notes = (*_tiles(self.device), *((f"the module's own forward is used: {obstacle}",) if obstacle else ()))
         self.dtype = _dtype(dtype, model, self.device, fused=obstacle is None)
         self._lane = lane_of(self.device)
         self._loops: dict[int, Loop] = {}
@@ -374,7 +377,16 @@ def _own_mode() -> Iterator[None]:
         yield
 
 
-def _obstacle(model: Denoiser) -> str | None:
+def _tiles(device: torch.device) -> tuple[str, ...]:
+    """Where the kernels' tiles come from, said. A table that cannot be used is an Error here, before any work."""
+    table = table_for(gpu_of(torch.empty(0, device=device)))
+    if device.type != "cuda":
+        return ()
+    known = "the defaults, for this GPU has no tuned table" if table is None else f"{len(table.entries)} tuned on this GPU"
+    return (f"the kernels' tiles: {known}",)
+
+
+def why_not_fused(model: Denoiser) -> str | None:
     """Why the fused program does not serve this model; None where it does."""
     if not is_plain_dit(model.module):
         return f"{type(model.module).__name__} is not the package's DiT"

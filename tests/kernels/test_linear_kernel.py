@@ -110,7 +110,7 @@ def test_writes_nothing_beyond_its_rows():
 
 def test_rows_that_are_not_16_byte_aligned_go_through_pointers(monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "launch", lambda *args, **kwargs: seen.append(kwargs["DESCRIPTORS"]))
+    monkeypatch.setattr(module, "launch", lambda *args, **kwargs: seen.append(args[3]["DESCRIPTORS"]))
     for K, N in ((24, 40), (33, 40), (24, 50)):
         linear(*case(K=K, N=N)[0], config=SMALL)
     assert seen == [True, False, False]
