@@ -1,4 +1,4 @@
-"""Classifier-free guidance: what it does to the two predictions, and in which steps."""
+"""Guidance, classifier-free and by a classifier: what is asked for, how strong, and in which steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcfg.errors import Error
 from fastcfg.schedules import Array
+
+BASES = ("null", "conditional")
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,7 @@ class Guidance:
 
     def table(self, steps: int, rows: int) -> Tensor:
         """The scale of every step and row, float32 [steps, rows]."""
-        scale = np.asarray(self.scale)
-        if scale.ndim == 1 and len(scale) != rows:
-            raise Error(f"scale has one value a row: {len(scale)} values arrived for {rows} rows")
-        if scale.ndim == 2 and (scale.shape[0] != steps or scale.shape[1] not in (1, rows)):
-            raise Error(f"scale per step must be [{steps}, 1] or [{steps}, {rows}], got {list(scale.shape)}")
-        return torch.from_numpy(np.broadcast_to(scale, (steps, rows)).astype(np.float32))
+        return torch.from_numpy(_table("scale", self.scale, steps, rows).astype(np.float32))
 
     def combine(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction. cond, null: [B, C, ...]; scale: [B]. Rows with scale 1 are `cond` to the bit."""
@@ -102,6 +99,41 @@ class Guidance:
         if self.rescale:
             guided = self.rescale * guided * (_std(cond) / _std(guided)) + (1 - self.rescale) * guided
         return torch.where(scale == 1, cond, guided)
+
+
+@dataclass(frozen=True)
+class ClassifierGuidance:
+    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2105.05233, algorithm 2).
+
+    eps_hat = eps - scale sigma grad_x log p(y | x_t), with sigma = sqrt(1 - alpha_bar). classifier: module(x_t [N, C, H, W],
+    t [N]) -> logits [N, K], one for each of the model's labels, trained on its noise levels and its t, in eval mode. scale: as
+    in `Guidance`, at least 0; 0 is off. base: what eps is: "null", the unconditional prediction, or "conditional", the one for
+    y, or for a scale of `Guidance` above 1 what that makes of both.
+    """
+
+    classifier: nn.Module
+    scale: Any = 1.0
+    base: str = "null"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.classifier, nn.Module):
+            raise Error(f"classifier must be a torch.nn.Module(x_t, t) -> logits, got {type(self.classifier).__name__}")
+        if self.base not in BASES:
+            raise Error(f"base must be 'null' or 'conditional', got {self.base!r}")
+        object.__setattr__(self, "scale", _checked_scale(self.scale, name="classifier scale", least=0.0))
+
+    def table(self, steps: int, rows: int) -> Array:
+        """The scale of every step and row, float64 [steps, rows]."""
+        return _table("classifier scale", self.scale, steps, rows)
+
+
+def _table(name: str, scale: Array, steps: int, rows: int) -> Array:
+    """`scale`, as `_checked_scale` gave it, for every step and row [steps, rows]."""
+    if scale.ndim == 1 and len(scale) != rows:
+        raise Error(f"{name} has one value a row: {len(scale)} values arrived for {rows} rows")
+    if scale.ndim == 2 and (scale.shape[0] != steps or scale.shape[1] not in (1, rows)):
+        raise Error(f"{name} per step must be [{steps}, 1] or [{steps}, {rows}], got {list(scale.shape)}")
+    return np.broadcast_to(scale, (steps, rows))
 
 
 def _std(x: Tensor) -> Tensor:
@@ -126,6 +158,6 @@ def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array
         finite = np.isfinite(values.astype(np.float32))  # what `Guidance.table` makes of them
     if not np.all(finite) or values.min() < least:
         worst = values[~finite] if not np.all(finite) else [values.min()]
-        note = "" if name == "w" else " (1 is no guidance; the paper's w is scale - 1)"
+        note = " (1 is no guidance; the paper's w is scale - 1)" if name == "scale" else ""
         raise Error(f"{name} must be finite and at least {least:g}{note}, got {worst[0]}")
     return values

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastcfg.errors import Error
 from fastcfg.guidance import Guidance
 from fastcfg.schedules import Array, Schedule, timesteps
-from fastcfg.solvers import CLIPS, PREDICTIONS, SOLVERS, VARIANCES, Grid, Rows
+from fastcfg.solvers import CLIPS, PREDICTIONS, SOLVERS, VARIANCES, Grid, Rows, eps_from
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Plan:
 
     timesteps: what the model is given as t, [steps]. alpha, sigma: noise levels, [steps + 1], the last where the run ends.
     rows: the solver's coefficients. guided: steps inside the guidance interval, [steps]. init_scale: x = init_scale z at
-    the start. clip: whether x0 is clipped to [-1, 1].
+    the start. clip: whether x0 is clipped to [-1, 1]. gradient: see `gradient_column`; None without classifier guidance.
     """
 
     title: str
@@ -34,6 +34,7 @@ class Plan:
     guidance: Guidance
     init_scale: float
     clip: bool
+    gradient: Array | None = None
 
     @property
     def steps(self) -> int:
@@ -67,6 +68,7 @@ class Plan:
             "c_x0": rows.c_x0,
             "c_prev": rows.c_prev,
             "c_noise": rows.c_noise,
+            "gradient": np.zeros(self.steps) if self.gradient is None else self.gradient,
         }
         shown = {k: v for k, v in columns.items() if k in ("t", "alpha_bar", "sigma") or np.any(v)}
         lines = [self.title, "  step " + " ".join(f"{name:>12}" for name in shown) + "  guided"]
@@ -87,11 +89,13 @@ def make_plan(
     variance: str = "posterior",
     clip: bool | str = False,
     guidance: Guidance | None = None,
+    by_classifier: bool = False,
 ) -> Plan:
     """The plan of a run: `steps` steps of `solver` over `schedule`, visiting `spacing`'s timesteps, down to sigma = 0.
 
     predicts: what the network's output is ("eps", "v", "x0", "flow"). eta: DDIM's noise in [0, 1]; no other solver has it.
-    variance: DDPM's ("posterior", "fixed_large", "learned_range"). clip: see `fastcfg.solvers.Grid`.
+    variance: DDPM's ("posterior", "fixed_large", "learned_range"). clip: see `fastcfg.solvers.Grid`. by_classifier: whether
+    there is classifier guidance, in the steps in which `guidance` is.
     Raises Error for anything unknown, out of range or at odds.
     """
     guidance = guidance if guidance is not None else Guidance()
@@ -121,7 +125,19 @@ def make_plan(
         guidance=guidance,
         init_scale=init_scale,
         clip=bool(clip),
+        gradient=gradient_column(grid) if by_classifier else None,
     )
+
+
+def gradient_column(grid: Grid) -> Array:
+    """What grad_x log p(y | x_t) is multiplied by as it is added to the network's output, float64 [steps], at scale 1.
+
+    The definition is eps - sigma grad (Dhariwal & Nichol 2105.05233, algorithm 2); with x_t held fixed, the output of any
+    prediction moves by -sigma grad / (d eps / d out). At alpha = 0, where flow starts, x_t says nothing of y: the gradient is
+    zero, infinitely magnified, and left out.
+    """
+    _, eps_out = eps_from(grid)
+    return np.divide(-grid.here[1], eps_out, out=np.zeros_like(eps_out), where=eps_out != 0)
 
 
 def _check(schedule: Schedule, solver: str, predicts: str, eta: Any, variance: str, clip: Any) -> None:

@@ -12,14 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastcfg.ceilings import Ceilings
 from fastcfg.engines import Request, make_engine
+from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm
 from fastcfg.errors import Error
 from fastcfg.explain import Explanation, explain
-from fastcfg.guidance import Guidance, Interval
+from fastcfg.guidance import ClassifierGuidance, Guidance, Interval
 from fastcfg.models.denoiser import Denoiser, as_denoiser
 from fastcfg.noise import as_seed
 from fastcfg.plan import make_plan
-from fastcfg.schedules import Schedule
+from fastcfg.schedules import Array, Schedule
 
 
 class Sampler:
@@ -28,7 +30,10 @@ class Sampler:
     Fixed when it is made: steps, solver ("ddim", "ddpm", "dpmpp_2m", "euler"), spacing, variance, interval, rescale,
     guidance_channels (see `fastcfg.Guidance`), batch, device, dtype, engine; DDIM's eta, and clip (False, True, "keep_eps"),
     where None is the model's own default. For a module that is not ours: schedule, predicts, null_label, num_classes and
-    shape (C, H, W) say how it was trained. Labels, scale and seeds change from call to call at no cost.
+    shape (C, H, W) say how it was trained. Labels, scales and seeds change from call to call at no cost.
+
+    classifier_guidance: a classifier's gradient on top (see `fastcfg.ClassifierGuidance`), inside the interval. On base "null"
+    no conditional forward is made, so scale, rescale and guidance_channels, which are classifier-free guidance's, stay off.
 
     variance: DDPM's; None takes the learned range where the model has one, else the posterior's.
     Raises Error, before any work, for whatever cannot be done.
@@ -47,6 +52,7 @@ class Sampler:
         interval: Interval | tuple[float, float] | str | None = None,
         rescale: float = 0.0,
         guidance_channels: int | None = None,
+        classifier_guidance: ClassifierGuidance | None = None,
         batch: int = 16,
         device: str = "auto",
         dtype: str = "auto",
@@ -66,6 +72,9 @@ class Sampler:
         self.guidance = Guidance(interval=interval, rescale=rescale, channels=guidance_channels)  # type: ignore[arg-type]
         if guidance_channels is not None and guidance_channels > self.model.shape[0]:
             raise Error(f"guidance_channels {guidance_channels} asked, but samples have {self.model.shape[0]} channels")
+        self.classifier_guidance = classifier_guidance
+        if classifier_guidance is not None:
+            _check_base(classifier_guidance, self.model, self.guidance)
         if variance is None:
             variance = "learned_range" if solver == "ddpm" and self.model.learned_variance else "posterior"
         if variance == "learned_range" and not self.model.learned_variance:
@@ -80,8 +89,12 @@ class Sampler:
             variance=variance,
             clip=self.model.clip if clip is None else clip,
             guidance=self.guidance,
+            by_classifier=classifier_guidance is not None,
         )
         self.engine = make_engine(engine, self.model, self.plan, device, dtype)
+        self._gradient: ClassifierGradient | None = None
+        if classifier_guidance is not None:
+            self._gradient = ClassifierGradient(classifier_guidance.classifier, self.model, self.plan, self.engine.device)
         self.last_seconds: float | None = None  # wall time of the last batch, for explain()
 
     def __call__(
@@ -91,6 +104,7 @@ class Sampler:
         seeds: int | Sequence[int] | Tensor = 0,
         *,
         w: Any = None,
+        classifier_scale: Any = None,
         indices: Sequence[int] | Tensor | None = None,
         x_T: Tensor | None = None,
         noise: Tensor | None = None,
@@ -99,8 +113,9 @@ class Sampler:
         """Samples, float32 [B, C, H, W] on the engine's device; the tensor is the caller's.
 
         labels: B whole numbers in 0..num_classes-1 (embeddings [B, ...] where the null label is one). scale: s, a number,
-        [B], or [steps, 1] / [steps, B] (see `Guidance`); w = s - 1 may be given instead; 1 if neither. seeds: one number,
-        whose sample i uses (seed, index i), or B numbers, each used with index 0; `indices` [B] says other indices.
+        [B], or [steps, 1] / [steps, B] (see `Guidance`); w = s - 1 may be given instead; 1 if neither. classifier_scale: in
+        the same forms, in place of the `ClassifierGuidance`'s own; 0 is off. seeds: one number, whose sample i uses (seed,
+        index i), or B numbers, each used with index 0; `indices` [B] says other indices.
         x_T [B, C, H, W], noise [steps, B, C, H, W] (executed order): given noise in place of drawn.
         on_batch(n) is called after each batch with the number of samples it finished.
         Any number of rows: they are split and padded to `batch`, which changes no bit of a sample.
@@ -112,19 +127,25 @@ class Sampler:
         guided = (table != 1).numpy() & self.plan.guided[:, None]
         if self.model.null_label is None and guided.any():
             raise Error("the model has no null label (trained without label dropout): only scale 1 can be sampled")
+        weight = self._classifier_weight(classifier_scale, rows)
+        if self._on_null and (table != 1).any():
+            raise Error("classifier guidance on base 'null' predicts nothing for y: scale must be 1, or base 'conditional'")
         seed, index = _counters(seeds, indices, rows)
         self._check_given(x_T, noise, rows)
         result = torch.empty(rows, *self.model.shape, device=self.engine.device)
-        for part, pattern in _batches(guided, self.batch):
+        conditions = torch.full_like(y, self.model.null_label) if self._on_null else y  # type: ignore[arg-type]
+        pattern = guided if weight is None else np.concatenate([guided, weight != 0])
+        for part, steps in _batches(pattern, self.batch):
             padded = torch.cat([part, part[-1:].expand(self.batch - len(part))])
             request = Request(
-                labels=y[padded],
+                labels=conditions[padded],
                 scale=table[:, padded],
-                guided=pattern,
+                guided=steps[: self.plan.steps],
                 seeds=seed[padded.numpy()],
                 indices=index[padded.numpy()],
                 x_T=None if x_T is None else x_T[padded.to(x_T.device)],
                 noise=None if noise is None else noise[:, padded.to(noise.device)],
+                classifier=self._term(y[padded], weight, padded.numpy(), steps[self.plan.steps :]),
             )
             begin = time.perf_counter()
             result[part.to(result.device)] = self.engine.run(request)[: len(part)]
@@ -152,13 +173,19 @@ class Sampler:
             raise Error(f"labels has one value a row: {len(y)} arrived for {N} rows")
         return self.engine.forward(x, t, y)
 
-    def explain(self) -> Explanation:
-        """The plan, the forwards, FLOPs and bytes of a batch; print it, or read its fields."""
-        return explain(self.model, self.plan, self.engine, self.batch, self.last_seconds)
+    def explain(self, ceilings: str | Ceilings | None = None) -> Explanation:
+        """The plan, forwards, FLOPs and bytes of a batch, and launch by launch for a DiT; print it, or read its fields.
+
+        ceilings: for floor times: "measured" (here, in a second or two), a GPU's name ("h100"), or `fastcfg.ceilings.Ceilings`.
+        """
+        classifier = None if self.classifier_guidance is None else self.classifier_guidance.classifier
+        return explain(self.model, self.plan, self.engine, self.batch, self.last_seconds, ceilings, classifier=classifier)
 
     def refresh(self) -> None:
         """Makes the next call use weights that were changed in place since the sampler was made."""
         self.engine.refresh()
+        if self._gradient is not None:
+            self._gradient.refresh()
 
     def _labels(self, labels: Any) -> Tensor:
         null = self.model.null_label
@@ -186,6 +213,31 @@ class Sampler:
             scale = Guidance.from_w(w).scale
         return replace(self.guidance, scale=1.0 if scale is None else scale)
 
+    @property
+    def _on_null(self) -> bool:
+        return self.classifier_guidance is not None and self.classifier_guidance.base == "null"
+
+    def _classifier_weight(self, scale: Any, rows: int) -> Array | None:
+        """What multiplies the classifier's gradient, float64 [steps, rows]; None without classifier guidance."""
+        asked, column = self.classifier_guidance, self.plan.gradient
+        if asked is None or column is None or self._gradient is None:
+            if scale is not None:
+                raise Error("classifier_scale given, but this sampler has no classifier: make it with classifier_guidance=")
+            return None
+        self._gradient.check()
+        if scale is not None:
+            asked = replace(asked, scale=scale)
+        return asked.table(self.plan.steps, rows) * (column * self.plan.guided)[:, None]
+
+    def _term(
+        self, labels: Tensor, weight: Array | None, rows: NDArray[np.int64], steps: NDArray[np.bool_]
+    ) -> ClassifierTerm | None:
+        """The classifier's term of a batch of these rows, in these steps; None where there is none."""
+        if self._gradient is None or weight is None or not steps.any():
+            return None
+        device = self.engine.device
+        return ClassifierTerm(self._gradient, labels.to(device), torch.from_numpy(weight[:, rows]).to(device), steps)
+
     def _check_given(self, x_T: Any, noise: Any, rows: int) -> None:
         shape = (rows, *self.model.shape)
         for name, value, want in (("x_T", x_T, shape), ("noise", noise, (self.plan.steps, *shape))):
@@ -197,10 +249,21 @@ class Sampler:
                 raise Error(f"{name} must be {list(want)}, got {list(value.shape)}")
 
 
+def _check_base(asked: ClassifierGuidance, model: Denoiser, guidance: Guidance) -> None:
+    """Raises Error where a classifier cannot guide `model`, or what is asked of classifier-free guidance would be idle."""
+    if isinstance(model.null_label, Tensor):
+        raise Error("classifier guidance needs whole numbers for labels, and the model's are embeddings")
+    if asked.base == "null" and model.null_label is None:
+        raise Error("the model has no null label (trained without label dropout): classifier guidance needs base 'conditional'")
+    if asked.base == "null" and (guidance.rescale or guidance.channels is not None):
+        raise Error("rescale and guidance_channels are classifier-free guidance's, and base 'null' has none: leave them out")
+
+
 def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
     """Splits rows into batches that are guided in the same steps: (row numbers, those steps [steps]).
 
-    guided: [steps, rows]. A row then never pays for a neighbour's null forward, nor does its arithmetic depend on it.
+    guided: [steps, rows], or [2 steps, rows] with a classifier's steps after the others. A row then never pays for a
+    neighbour's null forward or gradient, nor does its arithmetic depend on it.
     """
     groups: dict[bytes, list[int]] = {}
     for row, pattern in enumerate(np.ascontiguousarray(np.packbits(guided, axis=0).T)):

@@ -124,7 +124,7 @@ def test_a_table_in_windows_changes_no_bit(operations: object, monkeypatch: pyte
     whole = sample(model, plan, operations, asked)
     monkeypatch.setattr(fused_dit, "TABLE_BYTES", 1)
     program = FusedDiT(model, plan, operations, CPU, torch.float32)
-    assert [len(window) for window in program._windows(3)] == [32, 32, 6]
+    assert [len(window) for window in program.windows(3)] == [32, 32, 6]
     assert torch.equal(sample(model, plan, operations, asked), whole)
 
 

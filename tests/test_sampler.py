@@ -361,9 +361,10 @@ def test_embeddings_as_labels_and_wrapped_outputs(dtype):
     nulls = null.expand(2, 3)
     torch.testing.assert_close(sampler(nulls, 8.0), sampler(nulls, 1.0), rtol=1e-5, atol=1e-5)
     x, t = torch.randn(2, 2, 5, 5), torch.tensor([3, 700])
-    if dtype == "fp32":
-        torch.testing.assert_close(sampler.predict(x, t, y[:2]), module(x, t, y[:2]).sample.detach())
-        torch.testing.assert_close(sampler.predict(x, t, None), module(x, t, nulls).sample.detach())
+    tolerance = None if dtype == "fp32" else 0.05
+    for labels, rows in ((y[:2], y[:2]), (None, nulls)):
+        exact = module(x, t, rows).sample.detach()
+        torch.testing.assert_close(sampler.predict(x, t, labels), exact, rtol=tolerance, atol=tolerance)
     for wrong in (y[0], torch.randn(4, 2), torch.randn(4, 3, 1), torch.randn(0, 3)):
         with pytest.raises(Error, match="labels must be embeddings"):
             sampler(wrong)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from fastcfg.errors import Error
 
+if TYPE_CHECKING:
+    from fastcfg.engines.classifier import ClassifierTerm
+
 Fingerprint = tuple[tuple[int, int], ...]
 
 
@@ -19,9 +22,10 @@ Fingerprint = tuple[tuple[int, int], ...]
 class Request:
     """Exactly `batch` rows to sample, all guided in the same steps.
 
-    labels: int64 [B], or embeddings [B, ...]. scale: float32 [steps, B]. guided: bool [steps]; elsewhere no null rows are
-    computed. seeds, indices: int64 [B], the noise's counters. x_T: float32 [B, C, H, W] or None (drawn). noise: float32
-    [steps, B, C, H, W] in executed order, or None (drawn).
+    labels: what the network is given, int64 [B], or embeddings [B, ...]. scale: float32 [steps, B]. guided: bool [steps];
+    elsewhere no null rows are computed. seeds, indices: int64 [B], the noise's counters. x_T: float32 [B, C, H, W] or None
+    (drawn). noise: float32 [steps, B, C, H, W] in executed order, or None (drawn). classifier: what is added to the network's
+    output, if anything.
     """
 
     labels: Tensor
@@ -31,6 +35,7 @@ class Request:
     indices: NDArray[np.int64]
     x_T: Tensor | None = None
     noise: Tensor | None = None
+    classifier: ClassifierTerm | None = None
 
 
 class Engine(Protocol):
@@ -59,13 +64,13 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
 
 
-def refuse_training(module: nn.Module) -> None:
+def refuse_training(module: nn.Module, name: str = "model") -> None:
     """Raises Error if any part of `module` is in training mode."""
     if any(part.training for part in module.modules()):
-        raise Error("the model is in training mode, where dropout would act on samples: call model.eval() first")
+        raise Error(f"the {name} is in training mode, where dropout would act on samples: call {name}.eval() first")
 
 
-def refuse_stale(module: nn.Module, copied: Fingerprint) -> None:
+def refuse_stale(module: nn.Module, copied: Fingerprint, name: str = "model") -> None:
     """Raises Error if `module` changed since the engine copied its weights, when its fingerprint was `copied`."""
     if fingerprint(module) != copied:
-        raise Error("the model's weights changed since the sampler copied them: call sampler.refresh()")
+        raise Error(f"the {name}'s weights changed since the sampler copied them: call sampler.refresh()")

@@ -1,8 +1,9 @@
-"""The CPU engine for modules that are not our DiT: their own forward, compiled where that is faster."""
+"""The CPU engine for modules that are not our DiT: their own forward, by whatever runs it fastest here."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,19 +11,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastcfg.engines.base import Request
+from fastcfg.engines.base import Request, fingerprint, refuse_stale
 from fastcfg.engines.choice import fastest
+from fastcfg.engines.openvino_module import PRECISIONS, OpenVinoForward, openvino_version
 from fastcfg.engines.reference import ReferenceEngine
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser, call_module
 from fastcfg.plan import Plan
 
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+TITLES = {"eager": "the module as it is", "openvino": "OpenVINO", "compiled": "torch.compile"}
+
+NO_OPENVINO = "OpenVINO is not installed, so not tried: pip install 'fastcfg[openvino]'"
+
 
 class CpuModuleEngine(ReferenceEngine):
     """The reference's steps on one sample at a time, so that its bits depend on no other; all cores in each operation.
 
-    Whether `torch.compile` is faster than the module as it is, is measured at the first run and remembered; where it cannot
-    be had, `notes` says so. dtype: float32, bfloat16, or None for the module's own. Runs take turns.
+    A forward is the module's own, torch.compile's or, where it is installed, OpenVINO's (`openvino_module`): the fastest, as
+    measured at the first forward of a shape and remembered. `notes` says which that was, and why another could not be had.
+    dtype: float32, bfloat16, or None for the module's own. Runs take turns.
     """
 
     name = "cpu"
@@ -32,9 +40,7 @@ class CpuModuleEngine(ReferenceEngine):
             raise Error(
                 f"dtype 'int8' is for DiT models, and {type(model.module).__name__} is another module: use bf16 or fp32"
             )
-        self.notes: tuple[str, ...] = ()
         self._turn = threading.Lock()
-        self._compiled: bool | None = None  # not decided yet
         super().__init__(model, plan, device, model.dtype if dtype is None else dtype)
 
     def _threads(self) -> AbstractContextManager[None]:
@@ -43,8 +49,9 @@ class CpuModuleEngine(ReferenceEngine):
     def refresh(self) -> None:
         with self._turn:
             super().refresh()
-            if self._compiled:
-                self._module = _compiled(self._module)
+            self._forwards: dict[tuple[int, torch.dtype, torch.dtype], Forward] = {}  # by rows, dtype of t, dtype of y
+            self._compiled: nn.Module | None = None
+            self.notes = () if openvino_version() else (NO_OPENVINO,)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with self._turn:
@@ -53,39 +60,75 @@ class CpuModuleEngine(ReferenceEngine):
 
     def run(self, request: Request) -> Tensor:
         with self._turn:
-            self._check_module()
-            if self._compiled is None:
-                self._decide(request)
             return torch.cat([ReferenceEngine.run(self, _row(request, b)) for b in range(len(request.labels))])
 
-    @torch.no_grad()
-    def _decide(self, request: Request) -> None:
-        """Keeps the compiled module if it is the faster, on as many rows as a step of this request has."""
-        rows = 2 if request.guided.any() else 1
-        x = torch.zeros(rows, *self.model.shape, dtype=self.dtype)
-        t = torch.full((rows,), self.plan.timesteps[0], dtype=torch.int64 if self.plan.whole_timesteps else torch.float32)
-        y = self._conditions(request.labels[:1])[0].expand(rows, *request.labels.shape[1:]).contiguous()
-        eager = self._module
-        parameters = sum(p.numel() for p in eager.parameters())
-        question = f"forward of a {type(eager).__name__} of {parameters} parameters, {self.dtype}, {list(x.shape)}"
-        modules = {"eager": eager, "compiled": _compiled(eager)}
+    def _check_module(self) -> None:
+        super()._check_module()
+        if any(isinstance(forward, OpenVinoForward) for forward in self._forwards.values()):
+            refuse_stale(self.model.module, self._fingerprint)
 
-        def forward(name: str) -> Tensor:
-            return call_module(modules[name], x, t, y)
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        key = (len(x), t.dtype, y.dtype)
+        if key not in self._forwards:
+            self._forwards[key] = self._choose(x, t, y)
+        return self._forwards[key](x.to(self.dtype), t, y).double()
 
-        try:
-            choice = fastest(question, {name: partial(forward, name) for name in modules})
-            forward(choice)  # what was remembered may no longer be possible
-        except Exception as error:  # no compiler, or a module that cannot be compiled: what is raised is not ours to list
-            choice, reason = "eager", str(error).splitlines() or [type(error).__name__]
-            self.notes = (f"torch.compile is not used: {reason[0]}",)
-        self._module, self._compiled = modules[choice], choice == "compiled"
+    def _choose(self, x: Tensor, t: Tensor, y: Tensor) -> Forward:
+        """The fastest forward of inputs like these; one that cannot be had is noted, and the rest are compared."""
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        made: dict[str, Forward] = {"eager": partial(call_module, self._module)}
+
+        def run(name: str) -> None:
+            try:
+                if name not in made:
+                    made[name] = self._make(name, noise, t, y)
+                made[name](noise, t, y)
+            except Exception as error:  # no compiler, a module that cannot be converted: what is raised is not ours to list
+                if name == "eager":
+                    raise
+                raise _UnusableError(name, error) from error
+
+        # The compiler comes last: it takes minutes, which the memory saves where it is the other that fails
+        names = ["eager", *["openvino"] * bool(openvino_version() and self.dtype in PRECISIONS), "compiled"]
+        while True:
+            try:
+                choice = fastest(self._question(names, x), {name: partial(run, name) for name in names})
+                run(choice)  # what was remembered may no longer be possible
+                break
+            except _UnusableError as unusable:
+                names.remove(unusable.name)
+                self._note(f"{TITLES[unusable.name]} is not used: {unusable}")
+        self._note(f"{TITLES[choice]} was the fastest here for {'guided' if len(x) == 2 else 'unguided'} steps")
+        return made[choice]
+
+    def _question(self, names: list[str], x: Tensor) -> str:
+        """What is asked of the machine's memory: it holds for these ways to run a module of this kind and size."""
+        parameters = sum(p.numel() for p in self._module.parameters())
+        ways = ", ".join(f"{name} {openvino_version()}" if name == "openvino" else name for name in names)
+        return f"forward of a {type(self._module).__name__} of {parameters} parameters, {self.dtype}, {list(x.shape)}: {ways}"
+
+    def _make(self, name: str, *inputs: Tensor) -> Forward:
+        if name == "openvino":
+            if not self._converted:  # then its weights are a copy from now on
+                self._fingerprint = fingerprint(self.model.module)
+            return OpenVinoForward(self._module, *inputs)
+        if self._compiled is None:
+            compiled = torch.compile(self._module, dynamic=False)
+            assert isinstance(compiled, nn.Module)
+            self._compiled = compiled
+        return partial(call_module, self._compiled)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes = (*self.notes, text)
 
 
-def _compiled(module: nn.Module) -> nn.Module:
-    compiled = torch.compile(module, dynamic=False)
-    assert isinstance(compiled, nn.Module)
-    return compiled
+class _UnusableError(Exception):
+    """The way called `name` cannot run this module; says why in one line."""
+
+    def __init__(self, name: str, error: Exception):
+        super().__init__((str(error).splitlines() or [type(error).__name__])[0])
+        self.name = name
 
 
 def _row(request: Request, b: int) -> Request:
@@ -99,4 +142,5 @@ def _row(request: Request, b: int) -> Request:
         indices=request.indices[rows],
         x_T=None if request.x_T is None else request.x_T[rows],
         noise=None if request.noise is None else request.noise[:, rows],
+        classifier=None if request.classifier is None else request.classifier.rows(rows),
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg.engines.base import Request
+from fastcfg.engines.classifier import ClassifierTerm
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import (
     DiT,
@@ -146,6 +147,7 @@ class Samples:
     noise: Tensor | None
     seeds: Tensor | None
     indices: Tensor | None
+    classifier: ClassifierTerm | None
 
 
 class _Block(NamedTuple):
@@ -208,7 +210,7 @@ class FusedDiT:
         """
         labels, cond, null = self._unique(request)
         samples = [self._begin(request, rows, cond, null) for rows in pieces]
-        for window in self._windows(len(labels)):
+        for window in self.windows(len(labels)):
             table = self.hoist(labels, window, each)
 
             def advance(piece: Samples, window: range = window, table: Tensor = table) -> None:
@@ -265,6 +267,8 @@ class FusedDiT:
             halves = 2 if request.guided[i] else 1
             index = first[: halves * rows] + (i - window.start)
             model_out = denoise(self.embed(piece.x), table, index)
+            if piece.classifier is not None:
+                model_out = piece.classifier.added(model_out, piece.x, i)
             step = torch.full((rows,), i, dtype=torch.int32, device=self.device)
             self.operations.guided_step(
                 model_out, piece.x, self.coefficients, piece.scale, step,
@@ -303,9 +307,10 @@ class FusedDiT:
             noise=None if noise is None else noise[:, rows].to(self.device, torch.float32).contiguous(),
             seeds=torch.from_numpy(seeds).to(self.device) if drawn else None,
             indices=torch.from_numpy(indices).to(self.device) if drawn else None,
+            classifier=None if request.classifier is None else request.classifier.rows(rows),
         )
 
-    def _windows(self, labels: int) -> Iterator[range]:
+    def windows(self, labels: int) -> Iterator[range]:
         """The plan's steps, as many at a time as `TABLE_BYTES` allows."""
         row = self.table_width * (self.operations.table_dtype or self.dtype).itemsize * labels
         size = max(1, TABLE_BYTES // (row * HOIST_STEPS)) * HOIST_STEPS

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcfg.engines.base import Request, fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.classifier import ClassifierTerm
 from fastcfg.engines.workers import one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser, call_module
@@ -45,7 +46,7 @@ class ReferenceEngine:
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check_module()
         with self._threads():
-            return self._forward(x.to(self.device), t.to(self.device), y.to(self.device)).float()
+            return self._forward(x.to(self.device), t.to(self.device), self._conditions(y)[0]).float()
 
     @torch.no_grad()
     def run(self, request: Request) -> Tensor:
@@ -68,7 +69,7 @@ class ReferenceEngine:
         x = plan.init_scale * noise(request.x_T, INITIAL_STEP)
         x0_prev = torch.zeros_like(x)
         for i in range(plan.steps):
-            out, v = self._predict(x, i, labels, null if request.guided[i] else None, scale[i])
+            out, v = self._predict(x, i, labels, null if request.guided[i] else None, scale[i], request.classifier)
             x0 = rows.x0_x[i] * x + rows.x0_out[i] * out
             if plan.clip:
                 x0 = x0.clamp(-1, 1)
@@ -79,15 +80,20 @@ class ReferenceEngine:
             x0_prev = x0
         return x.float()
 
-    def _predict(self, x: Tensor, i: int, labels: Tensor, null: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(
+        self, x: Tensor, i: int, labels: Tensor, null: Tensor | None, scale: Tensor, classifier: ClassifierTerm | None
+    ) -> tuple[Tensor, Tensor]:
         """(prediction, v) of step i, guided unless `null` is None; v has no channels where the variance is not learned."""
         C, rows = self.model.shape[0], 1 if null is None else 2
         t_dtype = torch.int64 if self.plan.whole_timesteps else torch.float32
         t = torch.full((rows * len(x),), self.plan.timesteps[i], dtype=t_dtype, device=self.device)
+        inputs = (x, t, labels) if null is None else (torch.cat([x, x]), t, torch.cat([labels, null]))
+        output = self._forward(*inputs)
+        if classifier is not None:
+            output = classifier.added(output, x, i)
         if null is None:
-            output = self._forward(x, t, labels)
             return output[:, :C], output[:, C:]
-        cond, uncond = self._forward(torch.cat([x, x]), t, torch.cat([labels, null])).chunk(2)
+        cond, uncond = output.chunk(2)
         k = self.plan.guidance.channels or C
         guided = self.plan.guidance.combine(cond[:, :k], uncond[:, :k], scale)
         return torch.cat([guided, cond[:, k:C]], dim=1), cond[:, C:]

@@ -39,6 +39,15 @@ class ImageData:
         return len(self.label_names)
 
 
+def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, ImageData]:
+    """(the rest, `count` images drawn by `seed`)."""
+    if count >= len(data.images):
+        raise Error(f"cannot hold {count} images out of {len(data.images)}: some must be left to train on")
+    order = np.random.default_rng(seed).permutation(len(data.images))
+    rest, held = (ImageData(data.images[part], data.labels[part], data.label_names) for part in (order[count:], order[:count]))
+    return rest, held
+
+
 def load_data(path: str | Path, split: str = "train") -> ImageData:
     """Reads `path`: a folder with IDX files (`train-images-idx3-ubyte[.gz]` ...), an npz, or a folder of class folders.
 

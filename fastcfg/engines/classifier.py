@@ -1,0 +1,112 @@
+"""Classifier guidance as engines meet it: a term that is added to the network's output, from a classifier's gradient."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastcfg.engines.base import fingerprint, refuse_stale, refuse_training
+from fastcfg.errors import Error
+from fastcfg.models.denoiser import Denoiser
+from fastcfg.plan import Plan
+from fastcfg.schedules import Schedule
+
+
+class ClassifierGradient:
+    """grad_x log p(y | x_t) at the steps of `plan`, by torch's autograd on `module`(x_t, t) -> logits, in float32 on `device`.
+
+    A classifier of another dtype or device is copied, and the copy's going stale is noticed. On a CPU samples go one at a time,
+    so that the bits of one depend on no other.
+    Raises Error for a classifier that was trained on other noise levels (as far as it tells, by a `schedule`), or that does not
+    give one logit for each of `model`'s labels: it is tried on one row of zeros.
+    """
+
+    def __init__(self, module: nn.Module, model: Denoiser, plan: Plan, device: torch.device):
+        _check_schedule(module, model)
+        tensors = (*module.parameters(), *module.buffers())
+        self._source, self._device = module, device
+        self._converted = any(p.device != device or (p.is_floating_point() and p.dtype != torch.float32) for p in tensors)
+        self._times = torch.from_numpy(plan.timesteps).to(device, torch.int64 if plan.whole_timesteps else torch.float32)
+        self.refresh()
+        self.check()
+        self._try(model)
+
+    def refresh(self) -> None:
+        """Takes up weights that changed in place since the copy was made."""
+        source = self._source
+        self._module = copy.deepcopy(source).to(self._device, torch.float32) if self._converted else source
+        self._fingerprint = fingerprint(source)
+
+    def check(self) -> None:
+        """Raises Error where the classifier is unfit for sampling now."""
+        refuse_training(self._module, "classifier")
+        if self._converted:
+            refuse_stale(self._source, self._fingerprint, "classifier")
+
+    def __call__(self, x: Tensor, step: int, labels: Tensor) -> Tensor:
+        """The gradient at step 0..steps-1, float64 [B, C, H, W]. x: [B, C, H, W]; labels: int64 [B]."""
+        size = 1 if x.device.type == "cpu" else len(x)
+        parts = zip(x.split(size), labels.split(size), strict=True)
+        return torch.cat([self._of(part, step, y) for part, y in parts]).double()
+
+    def _of(self, x: Tensor, step: int, labels: Tensor) -> Tensor:
+        # The caller's mode forbids gradients, and in inference mode a tensor cannot have one
+        with torch.inference_mode(False), torch.enable_grad():
+            x_t = torch.empty_like(x, dtype=torch.float32).copy_(x).requires_grad_()
+            logits = self._module(x_t, self._times[step].repeat(len(x)))
+            chosen = F.log_softmax(logits, dim=-1).gather(1, labels[:, None].clone())
+            return torch.autograd.grad(chosen.sum(), x_t)[0]
+
+    def _try(self, model: Denoiser) -> None:
+        name, shape = type(self._source).__name__, [1, *model.shape]
+        x = torch.zeros(shape, device=self._device)
+        try:
+            with torch.no_grad():
+                logits = self._module(x, self._times[:1])
+            if isinstance(logits, Tensor) and logits.shape == (1, model.num_classes):
+                self._of(x, 0, torch.zeros(1, dtype=torch.int64, device=self._device))
+        except Exception as error:  # any module, any failure: what matters is that it came before the work
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Error(f"{name} could not be differentiated as classifier(x {shape}, t [1]): {line}") from error
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if got != [1, model.num_classes]:
+            raise Error(f"{name} turned x {shape} into {got}: want logits [1, {model.num_classes}], one for each label")
+
+
+@dataclass(frozen=True)
+class ClassifierTerm:
+    """What classifier guidance adds to the network's output for B rows of a request.
+
+    labels: the classes that are wanted, int64 [B]. weight: what multiplies the gradient, float64 [steps, B]: the plan's column
+    times the scale. steps: where any of it is not zero, bool [steps].
+    """
+
+    gradient: ClassifierGradient
+    labels: Tensor
+    weight: Tensor
+    steps: NDArray[np.bool_]
+
+    def rows(self, rows: slice) -> ClassifierTerm:
+        """The term of some of its rows."""
+        return replace(self, labels=self.labels[rows], weight=self.weight[:, rows])
+
+    def added(self, output: Tensor, x: Tensor, step: int) -> Tensor:
+        """`output` with the term in its prediction, in both halves where there are two. output: [B or 2B, C or 2C, H, W]."""
+        if not self.steps[step]:
+            return output
+        B, C = x.shape[:2]
+        term = self.weight[step].view(-1, 1, 1, 1) * self.gradient(x, step, self.labels)
+        moved = output[:, :C] + term.repeat(len(output) // B, 1, 1, 1)
+        return moved if output.shape[1] == C else torch.cat([moved, output[:, C:]], dim=1)
+
+
+def _check_schedule(module: nn.Module, model: Denoiser) -> None:
+    own, wanted = getattr(module, "schedule", None), model.schedule
+    if isinstance(own, Schedule) and not (np.array_equal(own.alpha, wanted.alpha) and np.array_equal(own.sigma, wanted.sigma)):
+        raise Error(f"the classifier was trained on schedule {own.to_json()}, and the model is sampled on {wanted.to_json()}")

@@ -1,0 +1,207 @@
+"""A training run: order, noise, averaged weights, log and state on disk. What is learnt is for the subclass to say."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastcfg.errors import Error, missing_extra
+from fastcfg.schedules import schedule
+from fastcfg.training.config import RunConfig
+from fastcfg.training.data import ImageData
+from fastcfg.training.state import load_state, save_state
+
+LOG_FIELDS = ("step", "images", "loss", "lr", "images_per_second")
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Run(ABC, Generic[Model]):
+    """A run in progress. `out` receives state.safetensors (resumes the run) and log.csv.
+
+    Every random choice is drawn from (seed, step) alone, so a resumed run repeats an uninterrupted one's numbers.
+    """
+
+    figure_names: ClassVar[tuple[str, ...]] = ()  # of what `_figures` adds to the log
+
+    config: RunConfig
+    data: ImageData
+    out: Path
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.model: Model = self._make_model()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizers = self._make_optimizers()
+        self._images = torch.from_numpy(self.data.images)
+        self._labels = torch.from_numpy(self.data.labels)
+        self._schedule = schedule(self.config.schedule)
+        self._alpha = torch.from_numpy(self._schedule.alpha).float()
+        self._sigma = torch.from_numpy(self._schedule.sigma).float()
+        if self.state_path.is_file():
+            self.step = load_state(
+                self.state_path,
+                config=self._identity(),
+                modules={"model": self.model, "ema": self.ema},
+                optimizers=self.optimizers,
+            )
+        self._dtype = torch.float32
+        self._forward: Callable[..., Tensor] = self.model
+
+    @abstractmethod
+    def _make_model(self) -> Model: ...
+
+    @abstractmethod
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]: ...
+
+    @abstractmethod
+    def _loss(self, step: int) -> Tensor:
+        """The loss of a step's batch, by `_forward` under `_autocast`."""
+
+    def _figures(self) -> list[float]:
+        """What is said of the averaged weights in each row of the log."""
+        return []
+
+    @property
+    def state_path(self) -> Path:
+        return self.out / "state.safetensors"
+
+    @property
+    def log_path(self) -> Path:
+        return self.out / "log.csv"
+
+    def train(self, after_step: Callable[[], None] = lambda: None) -> None:
+        """Trains to the end, saving every `save_every` steps."""
+        self._choose_arithmetic()
+        self._trim_log()
+        start, losses = time.perf_counter(), []
+        with self._progress() as bar:
+            for step in range(self.step, self.config.steps):
+                losses.append(self._train_step(step))
+                self.step = step + 1
+                bar.update(1)
+                begin = time.perf_counter()
+                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    loss = torch.stack(losses).mean().item()
+                    if not math.isfinite(loss):
+                        raise Error(f"the loss is {loss} near step {step}: lower lr; {self.state_path} is from before")
+                    speed = len(losses) * self.config.batch / (begin - start)
+                    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
+                    self._append_log(loss, speed)
+                    self.save()
+                    start, losses = time.perf_counter(), []
+                    begin = start
+                after_step()
+                start += time.perf_counter() - begin  # keep what is not training out of the speed
+
+    def save(self) -> None:
+        save_state(
+            self.state_path,
+            step=self.step,
+            config=self._identity(),
+            weights={"model": self.model.state_dict(), "ema": self.ema.state_dict()},
+            optimizers=self.optimizers,
+        )
+
+    def _draw(self, step: int) -> tuple[Tensor, torch.Generator]:
+        """(which images a step shows, every one once an epoch; a generator for what else is drawn in it)."""
+        per_epoch = max(1, len(self._images) // self.config.batch)
+        epoch, position = divmod(step, per_epoch)
+        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self._images), generator=shuffle)
+        index = order[position * self.config.batch : (position + 1) * self.config.batch]
+        return index, torch.Generator().manual_seed((self.config.seed + 1) * 1_000_000_007 + step)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of timesteps t [N], [N, 1, 1, 1] each."""
+        return self._alpha[t].view(-1, 1, 1, 1), self._sigma[t].view(-1, 1, 1, 1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+
+    def _train_step(self, step: int) -> Tensor:
+        loss = self._loss(step)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.learning_rate(step)
+            optimizer.step()
+        self._update_ema(step)
+        return loss.detach()
+
+    @torch.no_grad()
+    def _update_ema(self, step: int) -> None:
+        """Averages with a decay that rises to `ema`, so that early weights are forgotten soon."""
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        for average, current in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(current, 1 - decay)
+
+    def _identity(self) -> dict[str, object]:
+        """What must be the same for a run to go on: all settings but how often it saves and with which arithmetic."""
+        free = {"save_every", "sample_every", "dtype", "compile"}
+        return {k: v for k, v in self.config.to_json().items() if k not in free} | {
+            "data": [len(self._images), *self.data.images.shape[1:]]
+        }
+
+    def _choose_arithmetic(self) -> None:
+        """bf16 autocast where a step is faster with it; torch.compile where asked and a compiler is at hand."""
+        if self.config.dtype == "auto":
+            seconds = {dtype: self._time_step(dtype) for dtype in (torch.float32, torch.bfloat16)}
+            self._dtype = min(seconds, key=lambda dtype: seconds[dtype])
+        else:
+            self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.dtype]
+        if self.config.compile:
+            self._forward = torch.compile(self.model)
+
+    def _time_step(self, dtype: torch.dtype) -> float:
+        """Seconds of the shortest of three forwards and backwards."""
+        self._dtype, times = dtype, []
+        for _ in range(3):
+            begin = time.perf_counter()
+            self._loss(0).backward()
+            times.append(time.perf_counter() - begin)
+        self.model.zero_grad(set_to_none=True)
+        return min(times)
+
+    def _progress(self):  # type: ignore[no-untyped-def]
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise missing_extra("train", "the progress bar", error) from error
+        return tqdm(total=self.config.steps, initial=self.step, unit="step", desc="train")
+
+    def _trim_log(self) -> None:
+        """Drops log rows past the state that a killed run left, so that no step is logged twice."""
+        rows = read_log(self.log_path) if self.log_path.is_file() else []
+        with open(self.log_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, (*LOG_FIELDS, *self.figure_names))
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= self.step)
+
+    def _append_log(self, loss: float, speed: float) -> None:
+        lr, figures = self.config.learning_rate(self.step - 1), (f"{figure:.4f}" for figure in self._figures())
+        row = (self.step, self.step * self.config.batch, f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}", *figures)
+        with open(self.log_path, "a", newline="") as file:
+            csv.writer(file).writerow(row)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a log.csv, as strings."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,255 @@
+"""What `explain` says, where its ceilings come from, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_fused_dit import random_model
+from torch import nn
+
+import fastcfg
+from fastcfg import ceilings as ceilings_module
+from fastcfg.ceilings import STATED, Ceilings, known_gpu, measured_ceilings, stated_ceilings
+from fastcfg.cli import main
+from fastcfg.explain import Explanation, count_flops, explain
+from fastcfg.kernels._launch import Cost
+from fastcfg.models.denoiser import Denoiser
+
+CPU = torch.device("cpu")
+H100 = STATED["h100"]
+
+
+def explained(engine: str = "cpu", model: Denoiser | None = None, **asked: object) -> Explanation:
+    one = fastcfg.Sampler(model or random_model(), steps=4, batch=2, engine=engine, dtype="fp32", interval=(0, 500))
+    return explain(one.model, one.plan, one.engine, one.batch, one.last_seconds, **asked)
+
+
+class Square(nn.Module):
+    """A module of another kind, with a weight, a buffer and a tensor that is neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.register_buffer("offset", torch.zeros(12))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x.flatten(1)) + self.offset).view_as(x)
+
+
+def square() -> fastcfg.Sampler:
+    return fastcfg.Sampler(Square().eval(), null_label=1, shape=(3, 2, 2), steps=4)
+
+
+def test_text_holds_the_ledger_and_its_totals() -> None:
+    told = explained(ceilings=Ceilings("a machine", "measured", {"float32": 1e12}, 1e11))
+    ledger = told.ledger
+    assert ledger is not None
+    text = str(told)
+    assert "ceilings      a machine, measured: float32 1 TFLOP/s; 100 GB/s" in text
+    rows = {line[:36].strip(): line[36:].split() for line in text.splitlines()}
+    assert rows["a guided step"] == ["calls", "a", "piece", "GFLOP", "MB", "floor", "ms"]
+    assert rows["total"] == [str(ledger.guided.total.launches), *numbers(ledger.guided.total)]
+    assert rows["a call of 4 steps"] == [str(ledger.call.launches), *numbers(ledger.call)]
+    assert rows["linear 64 to 256, GELU"][0] == "2"
+    for saving in ledger.savings:
+        assert f"{saving.name}: {saving.reason}" in text
+    assert "interval: no null rows in 2 of 4 steps" in text
+
+
+def numbers(cost: object) -> list[str]:
+    return [f"{value:.4g}" for value in (cost.flops / 1e9, cost.bytes / 1e6, 1e3 * cost.floor_seconds)]
+
+
+def test_json_is_the_same_numbers() -> None:
+    told = explained(ceilings="h100")
+    data = json.loads(json.dumps(told.to_json()))
+    assert data["ledger"]["call"]["flops"] == told.ledger.call.flops
+    assert data["ledger"]["guided"]["entries"][0]["name"] == "adaln"
+    assert data["ledger"]["ceilings"]["bandwidth"] == 3.35e12
+    assert [saving["name"] for saving in data["ledger"]["savings"]] == ["hoisted", "shared", "interval"]
+
+
+def test_without_ceilings_there_are_no_floor_times() -> None:
+    told = explained()
+    assert told.ledger is not None
+    assert told.ledger.ceilings is None
+    assert "none given" in str(told)
+    assert "floor ms" not in str(told)
+
+
+def test_a_gpus_name_gives_the_cuda_engines_ledger_on_a_machine_without_one() -> None:
+    for engine in ("cpu", "reference"):
+        told = explained(engine, ceilings="h200")
+        assert (told.engine, told.ledger.engine, told.ledger.dtype) == (engine, "cuda", "bfloat16")
+        assert told.ledger.ceilings == STATED["h200"]
+    exact = replace(random_model(), low_precision=False)
+    assert explained(model=exact, ceilings="h200").ledger.dtype == "float32"
+    assert explained(ceilings="h200", dtype=torch.float16).ledger.dtype == "float16"
+
+
+def test_the_floor_of_a_batch_stands_beside_its_time() -> None:
+    one = fastcfg.Sampler(random_model(), steps=4, batch=2, engine="cpu", dtype="fp32")
+    one([1, 2], 3.0)
+    slow = Ceilings("a machine", "measured", {"float32": 1e3}, 1e12)
+    told = explain(one.model, one.plan, one.engine, 2, one.last_seconds, slow)
+    assert f"floor         {told.ledger.call.flops / 1e3:.3f} s for a guided batch" in str(told)
+    assert "floor  " not in str(explain(one.model, one.plan, one.engine, 2, one.last_seconds, "h100"))  # another engine's
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: explained(ceilings="h300"), ("'h300'", "h100, h200")),
+        (lambda: explained("reference", ceilings="measured"), ("'measured'", "'reference'")),
+        (lambda: explained(ceilings="h100", dtype=torch.int8), ("int8", "bfloat16")),
+        (lambda: explained(ceilings=Ceilings("a GPU", "stated", {"bfloat16": 1e12}, 1e12)), ("no rate for float32",)),
+        (lambda: explained(model=random_model(num_heads=16), ceilings="h100"), ("4 values", "multiples of 8")),
+    ],
+)
+def test_what_cannot_be_told_is_refused(ask: Callable[[], object], words: tuple[str, ...]) -> None:
+    with pytest.raises(fastcfg.Error) as caught:
+        ask()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_other_modules_have_no_ledger() -> None:
+    one = square()
+    assert one.explain().ledger is None
+    assert f"read {one.plan.steps} times a batch" in str(one.explain())
+    with pytest.raises(fastcfg.Error, match="Square is not the package's DiT"):
+        explain(one.model, one.plan, one.engine, one.batch, None, "h100")
+
+
+def test_without_triton_the_ledger_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("fastcfg.kernels", "fastcfg.ledger"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(fastcfg, "kernels", fastcfg.kernels)  # put back what a failed import leaves there
+    monkeypatch.setitem(sys.modules, "triton", None)
+    told = explained()
+    assert told.ledger is None
+    assert "no ledger: the kernels' costs need Triton" in str(told)
+    with pytest.raises(fastcfg.Error, match="need Triton"):
+        explained(ceilings="measured")
+
+
+def test_counting_copies_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Square().eval()
+    module.table = torch.zeros(3)
+
+    def refuse(self: torch.Tensor, _: dict) -> torch.Tensor:
+        assert self.device.type == "meta" or self is module.table, "a weight was copied"
+        return self
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", refuse)
+    assert count_flops(Denoiser(module, (3, 2, 2), 1, 1)) == 2 * 12 * 12
+    assert {p.device for p in (*module.parameters(), *module.buffers())} == {CPU}
+
+
+def test_stated_ceilings_are_the_data_sheets_in_flops_and_bytes() -> None:
+    assert H100.floor(Cost(bytes=3_350_000, flops=0), "bfloat16") == pytest.approx(1e-6)
+    assert H100.floor(Cost(bytes=0, flops=989_400_000), "float16") == pytest.approx(1e-6)
+    assert H100.floor(Cost(bytes=0, flops=494_700_000), "float32") == pytest.approx(3e-6)  # three passes in TF32
+    with pytest.raises(fastcfg.Error, match="measured"):
+        stated_ceilings("rtx9090")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name: str, known: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert known_gpu(torch.device("cuda", 0)) == (STATED[known] if known else None)
+    assert known_gpu(CPU) is None
+
+
+def test_measured_ceilings_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    measured = measured_ceilings(CPU, torch.float32)
+    assert measured.source == "measured"
+    assert 1e9 < measured.rates["float32"] < 1e14
+    assert 1e8 < measured.bandwidth < 1e13
+    assert torch.equal(torch.get_rng_state(), state)
+    asked: list[str] = []
+
+    def two_seconds(options: dict[str, Callable[[], object]]) -> dict[str, float]:
+        for option in options.values():
+            option()
+        asked.extend(options)
+        return dict.fromkeys(options, 2.0)
+
+    monkeypatch.setattr(ceilings_module, "measure", two_seconds)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(ceilings_module, "REPEATS", 2)
+    monkeypatch.setattr(ceilings_module, "has_bf16", lambda: False)
+    three_cores = measured_ceilings(CPU, torch.int8)
+    assert asked == ["int8", "float32", "copy"]
+    assert three_cores.rates["int8"] == 3 * 2 * 2 * 256 * 1024 * 1024 / 2
+    assert three_cores.bandwidth == 3 * 2 * 2 * 2**18 / 2
+
+
+def test_measured_ceilings_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU in its place, at small sizes and a second each."""
+    waited: list[object] = []
+
+    def a_second(options: dict[str, Callable[[], object]]) -> dict[str, float]:
+        for option in options.values():
+            option()
+        return dict.fromkeys(options, 1.0)
+
+    monkeypatch.setattr(ceilings_module, "measure", a_second)
+    monkeypatch.setattr(ceilings_module, "GPU_PRODUCT", 64)
+    monkeypatch.setattr(ceilings_module, "GPU_COPY", 4096)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    measured = ceilings_module._measured_on_gpu(CPU)
+    assert measured.name == "a GPU"
+    assert measured.rates == {"bfloat16": 20 * 64**3, "float16": 20 * 64**3, "float32": 20 * 64**3 / 6}
+    assert measured.bandwidth == 20 * 4096
+    assert waited == [CPU, CPU]
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(main, ["explain", "--steps", "3", *map(str, arguments)])
+
+
+def test_command_prints_which_ceilings_it_took() -> None:
+    stated = command("--engine", "reference", "--ceilings", "mi300x", "--batch", 64)
+    assert stated.exit_code == 0, stated.output
+    assert "engine cuda, float32, batch 64" in stated.output  # the shipped model asks for it
+    assert "MI300X, stated: bfloat16 1307 TFLOP/s" in stated.output
+    measured = json.loads(command("--measure", "--dtype", "fp32", "--json").output)
+    assert measured["ledger"]["ceilings"]["source"] == "measured"
+    assert measured["ledger"]["call"]["floor_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ceilings", "h300"], ("'h300'", "a100")),
+        (["--ceilings", "h100", "--measure"], ("give one", "h100")),
+        (["--engine", "reference", "--measure"], ("'reference'",)),
+    ],
+)
+def test_command_exits_2_for_what_cannot_be_told(arguments: list[str], words: tuple[str, ...]) -> None:
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert all(word in result.output for word in words), result.output
+    assert "Traceback" not in result.output
