@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import threading
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import fastcfg
 from fastcfg import Error, Sampler
 from fastcfg.engines import choice, cpu
 from fastcfg.engines.cpu import CpuEngine
-from fastcfg.engines.cpu_module import CpuModuleEngine
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.verify import verify
@@ -360,97 +358,3 @@ def test_a_memory_that_cannot_be_written_costs_a_measurement(memory: Path, quest
     for _ in range(2):
         assert choice.fastest("q", {"one": lambda: None}) == "one"
     assert len(questions) == 2
-
-
-# Modules that are not our DiT
-
-
-class Convolution(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(0.2 * torch.randn(4, 4, 3, 3, generator=generator))
-        self.table = nn.Embedding.from_pretrained(torch.randn(6, 4, generator=generator))
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        h = x + self.table(y)[:, :, None, None] + (t / 1000).to(x.dtype)[:, None, None, None]
-        return torch.tanh(nn.functional.conv2d(h, self.weight, padding=1))
-
-
-FOREIGN = {"shape": (4, 8, 8), "null_label": 5, "num_classes": 5}
-
-
-def settle(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcfg.engines.cpu_module.fastest", lambda question, options: answer)
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
-    """Stands in for torch.compile's code generation, which takes a minute: modules that it was given."""
-    given: list[nn.Module] = []
-
-    def compiled(module: nn.Module, **_: object) -> nn.Module:
-        given.append(module)
-        return original(module, backend="eager", dynamic=False)
-
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", compiled)
-    yield given
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("answer", ["eager", "compiled"])
-def test_foreign_module(answer: str, compiler: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    settle(answer, monkeypatch)
-    options = {**FOREIGN, "solver": "ddim", "eta": 0.5, "rescale": 0.5}
-    made = sampler(Convolution().eval(), batch=3, **options)
-    assert isinstance(made.engine, CpuModuleEngine)
-    want = Sampler(Convolution().eval(), steps=3, engine="reference", dtype="fp32", **options)([4, 0, 1], scale=2.0, seeds=5)
-    got = made([4, 0, 1], scale=2.0, seeds=5)
-    assert relative(got, want) < 1e-5
-    assert torch.equal(sampler(Convolution().eval(), batch=1, **options)([0], scale=2.0, seeds=5, indices=[1])[0], got[1])
-    assert len(compiler) == 2
-    x, t = torch.zeros(2, 4, 8, 8), torch.tensor([5, 700])
-    torch.testing.assert_close(made.predict(x, t, [1, 2]), Convolution()(x, t, torch.tensor([1, 2])).detach())
-
-
-def test_foreign_module_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(module: nn.Module, **_: object) -> nn.Module:
-        def fail(*_: object) -> None:
-            raise RuntimeError("no C++ compiler found\nand more")
-
-        broken = Convolution()
-        broken.forward = fail
-        del module
-        return broken
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    made = sampler(Convolution().eval(), **FOREIGN)
-    want = Sampler(Convolution().eval(), steps=3, engine="reference", dtype="fp32", **FOREIGN)([0], scale=2.0)
-    assert relative(made([0], scale=2.0), want) < 1e-5
-    assert made.engine.notes == ("torch.compile is not used: no C++ compiler found",)
-
-
-def test_foreign_module_in_bf16_goes_stale_and_has_no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    settle("eager", monkeypatch)
-    module = Convolution().eval()
-    made = sampler(module, dtype="bf16", **FOREIGN)
-    before = made([0])
-    with torch.no_grad():
-        module.weight.zero_()
-    with pytest.raises(Error, match="refresh"):
-        made([0])
-    made.refresh()
-    assert not torch.equal(made([0]), before)
-    with pytest.raises(Error, match="Convolution"):
-        sampler(module, dtype="int8", **FOREIGN)
-
-
-def test_a_modified_dit_runs_as_the_module_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    settle("eager", monkeypatch)
-    model = random_model()
-    plain = sampler(model)([1], scale=2.0)
-    model.module.blocks[0].register_forward_hook(lambda module, inputs, output: 0.5 * output)
-    made = sampler(model)
-    assert isinstance(made.engine, CpuModuleEngine)
-    assert relative(made([1], scale=2.0), plain) > 1e-3

@@ -1,0 +1,58 @@
+"""Speed of the cpu engine's operations on one core: one model row of DiT-S/2 at 256 px, the call that an engine makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8
+from fastcfg.engines.workers import one_thread
+
+T, D, HEADS = 256, 384, 6
+DTYPES = ["fp32", *["bf16"] * has_bf16(), *["int8"] * has_int8()]
+WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16 if has_bf16() else torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def _as_a_worker() -> Iterator[None]:
+    with one_thread(), torch.inference_mode():
+        yield
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("K", "N", "options"),
+    [
+        pytest.param(D, 3 * D, {}, id="qkv"),
+        pytest.param(D, D, {"gated": True}, id="proj"),
+        pytest.param(D, 4 * D, {"gelu": True}, id="fc1"),
+        pytest.param(4 * D, D, {"gated": True}, id="fc2"),
+    ],
+)
+def test_linear(benchmark: Any, K: int, N: int, options: dict[str, bool], dtype: str) -> None:
+    operations, wide = CpuOperations(dtype == "int8"), WIDE[dtype]
+    layer = operations.pack(draw(N, K, dtype=wide) / K**0.5, draw(N, dtype=wide), rows=T)
+    given: dict[str, Any] = {"gelu": options.get("gelu", False)}
+    if options.get("gated"):
+        index = torch.zeros(1, dtype=torch.int32)
+        given |= {"residual": draw(1, T, N, dtype=wide), "table": draw(1, N), "index": index, "gate_column": 0}
+    benchmark(operations.linear, draw(1, T, K, dtype=wide), *layer, **given)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int8"])
+def test_attention(benchmark: Any, dtype: str) -> None:
+    benchmark(CpuOperations().attention, draw(1, T, 3 * D, dtype=WIDE[dtype]), HEADS)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int8"])
+def test_adaln(benchmark: Any, dtype: str) -> None:
+    index = torch.zeros(1, dtype=torch.int32)
+    benchmark(CpuOperations().adaln, draw(1, T, D, dtype=WIDE[dtype]), draw(1, 2 * D), index, 0, D)

@@ -1,0 +1,125 @@
+"""A module's forward by OpenVINO: converted for inputs of one shape, and refused where its output is not the module's."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import lru_cache
+from importlib import metadata
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastcfg.errors import Error
+from fastcfg.models.denoiser import call_module
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: torch.finfo(torch.bfloat16).eps}  # of the output's norm
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def openvino_version() -> str | None:
+    """The version of OpenVINO that is installed, None if there is none."""
+    try:
+        return metadata.version("openvino")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """Within it OpenVINO takes itself to be in continuous integration: elsewhere importing it and converting by
+    `openvino.convert_model` are reported over the network."""
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        del os.environ["CI"]
+        if before is not None:
+            os.environ["CI"] = before
+
+
+@lru_cache
+def core() -> Any:
+    """OpenVINO's Core, one a process and never dropped.
+
+    Its CPU plugin gives the thread that makes it a stack for signal handlers. If another thread drops the last Core, that stack
+    is unmapped while still in use, and the next handled signal (SIGCHLD of a DataLoader's workers, say) ends the process.
+    """
+    with unreported():
+        import openvino
+    return openvino.Core()
+
+
+class OpenVinoForward:
+    """module(x, t, y) for inputs of the given ones' shapes and dtypes, computed in the dtype of x; float32 results.
+
+    It has a copy of the weights as they are now. Control flow that depends on values, which a trace would freeze, is refused
+    by torch.export. Raises Error where the output differs from the module's in float32 by more than 1e-5 of its norm, or, for
+    bfloat16, by more than twice what the module itself does in that. What cannot be converted raises as torch or OpenVINO do.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, t: Tensor, y: Tensor):
+        dtype = x.dtype
+        # OpenVINO computes on the tensors that it is given, so they must be nobody else's to change, and must live as long
+        self._module = copy.deepcopy(module).float()
+        wide = [value.float() if value.is_floating_point() else value for value in (x, t, y)]
+        self._infer = _compile(_Plain(self._module).eval(), wide, PRECISIONS[dtype])
+        self._check(call_module(module, x, t, y).float(), call_module(self._module, *wide), wide, dtype)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.from_numpy(self._infer([_array(value) for value in (x, t, y)]))
+
+    def _check(self, own: Tensor, exact: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> None:
+        """own, exact: the module's outputs in `dtype` and in float32."""
+        error, mine = ((output - exact).norm().item() for output in (self(*inputs), own))
+        allowed = max(TOLERANCE[dtype] * exact.norm().item(), 2 * mine)
+        if not error <= allowed:
+            raise Error(f"its output differs from the module's by {error:.1e} in norm, where {allowed:.1e} is allowed")
+
+
+class _Plain(nn.Module):
+    """A module whose output is the tensor."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return call_module(self.inner, x, t, y)
+
+
+def _compile(module: nn.Module, inputs: list[Tensor], precision: str) -> Callable[[list[Any]], Any]:
+    """NumPy inputs -> NumPy output, a new array. By way of the frontend, which needs no `openvino.convert_model`."""
+    core()  # first, so that no other import of OpenVINO comes before
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+    from torch.export.decomp_utils import CustomDecompTable
+
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):  # torch prints the graph of what it cannot export
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(module, tuple(inputs))
+        decompositions = CustomDecompTable()
+        for operation in ops_to_not_decompose():
+            if operation in decompositions:
+                decompositions.pop(operation)
+        decoder = TorchFXPythonDecoder(exported.run_decompositions(decompositions).module(), dynamic_shapes=False)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core().compile_model(frontend.convert(frontend.load(decoder)), "CPU", options)
+    request = compiled.create_infer_request()
+    return lambda arrays: request.infer(arrays, share_inputs=True)[0]
+
+
+def _array(value: Tensor) -> Any:
+    return (value.float() if value.is_floating_point() else value).contiguous().numpy()
