@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import fastcfg
 from fastcfg.metrics.fashion_cnn import FashionCNN, judge, load_fashion_cnn
-from fastcfg.metrics.frechet import frechet_distance, within_class_distance
+from fastcfg.metrics.frechet import frechet_distance
+from fastcfg.metrics.variety import within_class_distance
 from fastcfg.training.data import load_data
 
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)

@@ -35,10 +35,15 @@ class FashionCNN(nn.Module):
         return self.head(self.drop(self.features(images)))
 
 
+def fashion_cnn_bytes() -> bytes:
+    """The shipped weights, a safetensors file (made by `benchmarks/train_fashion_cnn.py`)."""
+    return files("fastcfg").joinpath("assets/fashion-cnn.safetensors").read_bytes()
+
+
 def load_fashion_cnn() -> FashionCNN:
-    """The shipped network (trained by `benchmarks/train_fashion_cnn.py`), in eval mode."""
+    """The shipped network, in eval mode."""
     network = FashionCNN()
-    network.load_state_dict(load(files("fastcfg").joinpath("assets/fashion-cnn.safetensors").read_bytes()))
+    network.load_state_dict(load(fashion_cnn_bytes()))
     return network.eval().requires_grad_(False)
 
 

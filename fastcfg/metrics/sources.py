@@ -1,0 +1,192 @@
+"""Where images to be judged come from: sample files, job folders, image folders, data sets; read as they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from fastcfg.errors import Error
+from fastcfg.training.data import load_data
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+SPLITS = ("train", "test")
+HASHED = 1024  # images read at once for a hash
+WANTED = (
+    "an .npz (arr_0 uint8 [N, H, W, C], arr_1 labels), a job's folder, a folder of PNG or JPEG images, "
+    "or IDX files as FOLDER:test or FOLDER:train"
+)
+
+
+class Read(Protocol):
+    def __call__(self, batch: int) -> Iterator[NDArray[np.uint8]]:
+        """uint8 [n, H, W, C], n <= batch, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """`count` images of one size. labels: int64 [count], or None where they have none."""
+
+    name: str
+    count: int
+    labels: NDArray[np.int64] | None
+    read: Read
+
+    def sha256(self) -> str:
+        """Of the pixels, wherever they are kept."""
+        digest = hashlib.sha256()
+        for images in self.read(HASHED):
+            digest.update(repr(images.shape[1:]).encode())
+            digest.update(images.tobytes())
+        return digest.hexdigest()
+
+
+def from_arrays(images: NDArray[np.uint8], labels: NDArray[np.integer] | None = None, name: str = "images") -> Images:
+    """Images in memory, uint8 [N, H, W, C]."""
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise Error(f"images must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}")
+
+    def read(batch: int) -> Iterator[NDArray[np.uint8]]:
+        return (images[start : start + batch] for start in range(0, len(images), batch))
+
+    return Images(name, len(images), _labels(labels, len(images), name), read)
+
+
+def open_images(where: str | Path, scale: float | None = None) -> Images:
+    """The images at `where`: see `WANTED`. scale: which one of a job that has several."""
+    path, split = _split(str(where))
+    if split is not None:
+        if not any(path.glob("*-idx3-ubyte*")):
+            raise Error(f"{where}: only a folder of IDX files has splits, and {path} is none")
+        data = load_data(path, split)
+        return from_arrays(data.images.transpose(0, 2, 3, 1), data.labels, str(where))
+    if (path / "job.json").is_file() or "://" in str(where):
+        return _from_job(str(where), scale)
+    if scale is not None:
+        raise Error(f"--scale picks samples of a job's folder, and {where} is none")
+    if path.is_file() and path.suffix == ".npz":
+        return _from_npz(path)
+    if path.is_dir():
+        return _from_folder(path)
+    raise Error(f"no images at {where}: want {WANTED}")
+
+
+def _split(where: str) -> tuple[Path, str | None]:
+    folder, _, split = where.rpartition(":")
+    return (Path(folder), split) if folder and split in SPLITS else (Path(where), None)
+
+
+def _labels(labels: NDArray[np.integer] | None, count: int, name: str) -> NDArray[np.int64] | None:
+    if labels is None:
+        return None
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise Error(f"{name}: labels must be whole numbers [{count}], got {labels.dtype} {list(labels.shape)}")
+    return labels.astype(np.int64)
+
+
+def _from_job(where: str, scale: float | None) -> Images:
+    from fastcfg import jobs
+
+    dataset = jobs.open(where)
+    if dataset.job.spec.output != "uint8":
+        raise Error(f"{where} holds {dataset.job.spec.output}, and only pixels can be judged: decode them to an .npz")
+    scales = sorted(set(dataset.scales.tolist()))
+    if scale is None and len(scales) > 1:
+        raise Error(f"{where} has samples at the scales {', '.join(f'{s:g}' for s in scales)}: pick one with --scale")
+    rows = np.arange(len(dataset)) if scale is None else np.flatnonzero(np.isclose(dataset.scales, scale))
+    if not len(rows):
+        raise Error(f"{where} has no samples at scale {scale:g}, only at {', '.join(f'{s:g}' for s in scales)}")
+
+    def read(batch: int) -> Iterator[NDArray[np.uint8]]:
+        for start in range(0, len(rows), batch):
+            yield dataset[rows[start : start + batch]].image
+
+    return Images(where, len(rows), dataset.labels[rows], read)
+
+
+def _from_npz(path: Path) -> Images:
+    """ADM's layout; `images` and `labels` serve as names, too. Pixels are streamed out of the archive."""
+    with _archive(path) as archive:
+        names = archive.namelist()
+        images = next((name for name in ("arr_0.npy", "images.npy") if name in names), None)
+        if images is None:
+            raise Error(f"{path} must hold arr_0, uint8 [N, H, W, C], but holds {sorted(names)}")
+        with archive.open(images) as file:
+            shape = _image_header(path, file)
+        labels = next((name for name in ("arr_1.npy", "labels.npy") if name in names), None)
+        own = None
+        if labels is not None:
+            with archive.open(labels) as file:
+                own = np.lib.format.read_array(file, allow_pickle=False)
+
+    def read(batch: int) -> Iterator[NDArray[np.uint8]]:
+        with _archive(path) as archive, archive.open(images) as file:
+            _image_header(path, file)
+            for start in range(0, shape[0], batch):
+                wanted = (min(batch, shape[0] - start), *shape[1:])
+                yield np.frombuffer(file.read(math.prod(wanted)), np.uint8).reshape(wanted)
+
+    return Images(str(path), shape[0], _labels(own, shape[0], str(path)), read)
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Error(f"cannot read {path}: {error}") from error
+
+
+def _image_header(path: Path, file: IO[bytes]) -> tuple[int, ...]:
+    """The shape that an .npy of images begins with."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(file)
+    if dtype != np.uint8 or len(shape) != 4 or fortran:
+        raise Error(f"{path}: images must be uint8 [N, H, W, C], got {dtype} {list(shape)}")
+    return tuple(int(n) for n in shape)
+
+
+def _from_folder(folder: Path) -> Images:
+    """Labels are the names of the images' folders where all of those are numbers."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        hint = f": for IDX files name the split, {folder}:test or {folder}:train" if any(folder.glob("*-idx3-ubyte*")) else ""
+        raise Error(f"{folder} holds no images ({', '.join(SUFFIXES)}){hint or ', nor a job'}")
+    numbered = all(p.parent.name.isdecimal() and p.parent != folder for p in files)
+    labels = np.array([int(p.parent.name) for p in files]) if numbered else None
+
+    def read(batch: int) -> Iterator[NDArray[np.uint8]]:
+        first = _pixels(files[0], None)
+        for start in range(0, len(files), batch):
+            yield np.stack([_pixels(file, first.shape) for file in files[start : start + batch]])
+
+    return Images(str(folder), len(files), labels, read)
+
+
+def _pixels(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
+    """[H, W, C], grey or RGB; grey becomes RGB where `shape`, that of the first image, has three channels."""
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise Error(f"{file} has more than 8 bits a channel (mode {image.mode}): want 8")
+            grey = image.mode in ("1", "L") and (shape is None or shape[2] == 1)
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise Error(f"cannot read the image {file}: {error}") from error
+    pixels = pixels[..., None] if grey else pixels
+    if shape is not None and pixels.shape != shape:
+        raise Error(f"{file} is {list(pixels.shape)}, but the first image is {list(shape)} (H, W, C)")
+    return pixels
