@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test lint bench quality clean
+.PHONY: sample test lint bench quality crash clean
 
 sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
 	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
@@ -18,11 +18,15 @@ lint: $(INSTALLED)  ## Formatting, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## pytest-benchmark suites.
+bench: $(INSTALLED)  ## This CPU: fastcfg beside diffusers and OpenVINO (12 minutes on two idle cores), then each piece.
+	$(BIN)/python benchmarks/cpu_session.py
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 quality: $(INSTALLED)  ## The quality table of the README: 2,000 samples a scale of the shipped model (about 20 minutes on two cores).
 	$(BIN)/python benchmarks/quality.py /usr/share/datasets/fashion-mnist
+
+crash: $(INSTALLED)  ## The crash test at length: 50 runs of a job killed, for each runner (about 15 minutes on two cores).
+	$(BIN)/python tests/jobs/crashing.py --kills 50
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

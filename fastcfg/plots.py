@@ -1,8 +1,8 @@
-"""Pictures of what guidance does and how training goes. Needs the extra `plot` (matplotlib)."""
+"""Pictures of what guidance does, what it trades, and how training goes. Needs the extra `plot` (matplotlib)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,62 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None
     axes.grid(alpha=0.3, which="both")
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
+
+
+PANELS = (  # x, y, what they are called; a panel is drawn where the rows have both
+    ("inception_score", "frechet_distance", "Inception score", "Frechet distance"),
+    ("class_accuracy", "frechet_distance", "class accuracy", "Frechet distance"),
+    ("recall", "precision", "recall", "precision"),
+    ("scale", "frechet_distance", "guidance scale s", "Frechet distance"),
+    ("scale", "class_accuracy", "guidance scale s", "class accuracy"),
+)
+
+
+def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = "") -> None:
+    """Quality against diversity over the guidance scale, as in Ho & Salimans 2207.12598, figure 4: a line for each setting.
+
+    rows: of a sweep's table (`fastcfg.sweep`), with 95 % intervals; "setting" names the lines where a row has it, else what
+    its settings are besides the scale.
+    """
+    plt = _pyplot()
+    panels = [panel for panel in PANELS if all(panel[0] in row and panel[1] in row for row in rows)]
+    if not rows or not panels:
+        raise Error("a trade-off has rows with a Frechet distance and a scale, or precision and recall")
+    lines: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        lines.setdefault(row.get("setting") or _setting(row), []).append(row)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for panel, (x, y, x_name, y_name) in zip(axes[0], panels, strict=True):
+        for name, points in lines.items():
+            ordered = sorted(points, key=lambda row: float(row["scale"]))
+            xs, ys = ([float(row[column]) for row in ordered] for column in (x, y))
+            panel.errorbar(
+                xs, ys, yerr=_bars(ordered, y), xerr=_bars(ordered, x), marker="o", ms=3.5, lw=1.2, capsize=2, label=name
+            )
+            if x != "scale":
+                for row, a, b in zip(ordered, xs, ys, strict=True):
+                    panel.annotate(row["scale"], (a, b), xytext=(3, 3), textcoords="offset points", fontsize=6.5)
+        panel.set(xlabel=x_name, ylabel=y_name, yscale="log" if y == "frechet_distance" else "linear")
+        panel.set_xscale("log" if x == "scale" else "linear")
+        panel.grid(alpha=0.3, which="both")
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(title)
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+
+
+def _setting(row: Mapping[str, str]) -> str:
+    parts = [f"{row['solver']} {row['steps']}"]
+    parts += [f"guided at {row['interval']}"] if row["interval"] else []
+    return ", ".join(parts + ([f"rescale {row['rescale']}"] if float(row["rescale"]) else []))
+
+
+def _bars(rows: Sequence[Mapping[str, str]], column: str) -> list[list[float]] | None:
+    """How far a figure's interval reaches below and above it; None where it has none."""
+    if f"{column}_low" not in rows[0]:
+        return None
+    values = [(float(row[column]), float(row[f"{column}_low"]), float(row[f"{column}_high"])) for row in rows]
+    return [[value - low for value, low, _ in values], [high - value for value, _, high in values]]
 
 
 def _pyplot() -> Any:

@@ -26,7 +26,7 @@ def run(*arguments: object) -> Result:
 @pytest.mark.parametrize("command", [*COMMANDS, "plot geometry", "kernels check"])
 def test_help_has_an_example(command: str) -> None:
     output = run(*command.split(), "--help").output
-    assert f"fastcfg {command}" in output or command in ("plot", "kernels")
+    assert f"fastcfg {command}" in output or command in ("plot", "kernels", "job")
 
 
 def test_sample_writes_the_adm_layout_in_the_order_of_labels(tmp_path: Path) -> None:

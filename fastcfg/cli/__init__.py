@@ -9,11 +9,11 @@ import click
 
 from fastcfg.errors import Error
 
-COMMANDS = ("sample", "train", "verify", "explain", "plot", "kernels")
+COMMANDS = ("sample", "train", "train-classifier", "verify", "explain", "plot", "eval", "job", "sweep", "kernels")
 
 
 class _Commands(click.Group):
-    """Imports a command's file when it is asked for, and turns `fastcfg.Error` into a message and exit code 2."""
+    """Imports a command's file when it is asked for, and turns `fastcfg.Error` into a message and an exit code."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -21,14 +21,14 @@ class _Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"fastcfg.cli.{name}").command
+        return importlib.import_module(f"fastcfg.cli.{name.replace('-', '_')}").command
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except Error as error:
             click.echo(f"error: {error}", err=True)
-            context.exit(2)
+            context.exit(getattr(error, "exit_code", 2))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,5 +36,5 @@ class _Commands(click.Group):
 def main() -> None:
     """Sampling with classifier-free guidance.
 
-    Exit codes: 0 done, 1 a check failed, 2 bad input (nothing was written).
+    Exit codes: 0 done, 1 a check or the work failed, 2 bad input (nothing was written), 130 and 143 stopped by a signal.
     """

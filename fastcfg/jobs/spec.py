@@ -1,0 +1,366 @@
+"""What a batch job samples: one frozen record, read from TOML, checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from fastcfg.checkpoints import SHIPPED
+from fastcfg.engines import DTYPES, ENGINES
+from fastcfg.errors import Error
+from fastcfg.guidance import Guidance, Interval
+from fastcfg.models.denoiser import Denoiser
+from fastcfg.noise import as_seed
+from fastcfg.plan import make_plan
+from fastcfg.schedules import SPACINGS
+from fastcfg.solvers import CLIPS, SOLVERS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+OUTPUTS = ("uint8", "latents")
+MOST_UNITS = 100_000
+AUTO = ("dtype", "engine")  # "auto" here is resolved once, when the job is frozen
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A job's samples. Sample i of len(labels) * S, S = len(scales), has label i // S, scale i % S, noise (seed, i // S).
+
+    checkpoint: a shipped name or a path. labels: "balanced" (0, 1, .., classes - 1, repeated up to `count`) or the labels
+    themselves. scales: each label is sampled at each, from the same noise. steps, solver, spacing, eta, interval, rescale,
+    guidance_channels, clip, dtype, engine: as `fastcfg.Sampler` takes them; eta and clip None are the model's own. seed:
+    64 bits. unit_size: samples in a unit, which is what is computed, written and, after a crash, lost as a whole. batch:
+    rows computed at once. output: "uint8" pixels [n, H, W, C], or "latents", the samples as float32 [n, C, H, W].
+    places: where each key was written, for errors.
+    """
+
+    checkpoint: str
+    scales: tuple[float, ...]
+    labels: str | tuple[int, ...] = "balanced"
+    count: int | None = None
+    steps: int = 50
+    solver: str = "ddim"
+    spacing: str = "dit"
+    eta: float | None = None
+    interval: Interval | None = None
+    rescale: float = 0.0
+    guidance_channels: int | None = None
+    clip: bool | str | None = None
+    dtype: str = "auto"
+    engine: str = "auto"
+    seed: int = 0
+    unit_size: int = 1000
+    batch: int = 50
+    output: str = "uint8"
+    places: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, convert in _CONVERSIONS.items():
+            object.__setattr__(self, name, self.checked(name, partial(convert, name, getattr(self, name))))
+        if self.labels == "balanced" and self.count is None:
+            raise self.refused("labels", 'labels "balanced" needs count, the number of labels: count = 50000')
+        if self.labels != "balanced" and self.count is not None:
+            raise self.refused("count", 'count goes with labels = "balanced": listed labels are as many as they are')
+        if self.eta is not None and self.solver != "ddim":
+            raise self.refused("eta", f"solver {self.solver!r} has no eta: leave it out, or use 'ddim'")
+        if self.unit_count > MOST_UNITS:
+            raise self.refused(
+                "unit_size", f"{self.samples} samples in units of {self.unit_size} are {self.unit_count} units: "
+                f"want at most {MOST_UNITS}, so a larger unit_size"
+            )  # fmt: skip
+
+    @property
+    def samples(self) -> int:
+        """Number of samples: labels times scales."""
+        return (self.count or len(self.labels)) * len(self.scales)
+
+    @property
+    def unit_count(self) -> int:
+        return -(-self.samples // self.unit_size)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all that decides the samples, the checkpoint aside: that is known by its content, not its path."""
+        identity = {key: value for key, value in self.to_json().items() if key != "checkpoint"}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Spec:
+        """The spec in a TOML file. Relative paths in it are taken from the file's folder.
+
+        Besides the fields, `labels_file` names a file of one label a line. Raises Error with the line of what is wrong.
+        """
+        data, places = read_table(path)
+        return cls.from_table(data, path, places)
+
+    @classmethod
+    def from_table(cls, data: Mapping[str, Any], path: str | Path, places: Mapping[str, str]) -> Spec:
+        """The spec that a TOML file's content describes; see `from_toml`. places: as `read_table` finds them."""
+        known = [f.name for f in fields(cls) if f.compare] + ["labels_file"]
+        for key in data:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise Error(f"{places.get(key, path)}: unknown key {key!r}: {hint}known are {', '.join(known)}")
+        for key, example in (("checkpoint", '"fashion-mnist"'), ("scales", "[1.5, 4.0]")):
+            if key not in data:
+                raise Error(f"{path}: {key} is missing: want for example {key} = {example}")
+        values, places, folder = dict(data), dict(places), Path(path).parent
+        if "labels_file" in values:
+            where, name = places.get("labels_file", str(path)), values.pop("labels_file")
+            if "labels" in values or "count" in values:
+                raise Error(f"{where}: labels_file stands alone: leave out labels and count")
+            if not isinstance(name, str):
+                raise Error(f"{where}: labels_file must be text, got {name!r}")
+            values["labels"], places["labels"] = _read_labels(folder / name, where), where
+        checkpoint = values["checkpoint"]
+        if isinstance(checkpoint, str) and checkpoint and checkpoint not in SHIPPED:
+            values["checkpoint"] = str((folder / checkpoint).absolute())
+        return cls(**values, places=places)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "places"}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Spec:
+        """The spec that `to_json` described. Raises Error, TypeError or KeyError where it did not."""
+        interval = data["interval"]
+        return cls(**{**data, "interval": None if interval is None else Interval(**interval)})
+
+    def differences(self, frozen: Spec) -> list[str]:
+        """What `frozen`, the spec of a job that exists, has otherwise; "auto" here agrees with whatever was chosen there."""
+        names = [f.name for f in fields(self) if f.compare and f.name != "checkpoint"]
+        differing = [n for n in names if getattr(self, n) != getattr(frozen, n)]
+        return [
+            _difference(name, getattr(frozen, name), getattr(self, name))
+            for name in differing
+            if not (name in AUTO and getattr(self, name) == "auto")
+        ]
+
+    def check_model(self, model: Denoiser) -> None:
+        """Raises Error for what `model` cannot sample."""
+        C = model.shape[0]
+        if model.num_classes is None:
+            raise self.refused("checkpoint", f"{self.checkpoint} takes embeddings for labels: jobs sample whole-number labels")
+        for position, label in enumerate(self.labels if isinstance(self.labels, tuple) else ()):
+            if label >= model.num_classes:
+                raise self.refused(
+                    "labels", f"label {label}, number {position + 1} of the list, is out of range: "
+                    f"the model's labels are 0..{model.num_classes - 1}"
+                )  # fmt: skip
+        if model.latent and self.output == "uint8":
+            raise self.refused("output", f'{self.checkpoint} makes latents, which are not pixels: want output = "latents"')
+        if self.guidance_channels is not None and self.guidance_channels > C:
+            raise self.refused("guidance_channels", f"guidance_channels {self.guidance_channels} asked, but samples have {C}")
+        if model.null_label is None and any(scale != 1 for scale in self.scales):
+            raise self.refused("scales", "the model has no null label (trained without label dropout): want scales = [1.0]")
+        self.checked(
+            "steps",
+            lambda: make_plan(
+                model.schedule,
+                steps=self.steps,
+                solver=self.solver,
+                spacing=self.spacing,
+                predicts=model.predicts,
+                eta=self.eta or 0.0,
+                guidance=Guidance(interval=self.interval),
+            ),
+        )
+
+    def sampler_options(self) -> dict[str, Any]:
+        """The keywords of `fastcfg.Sampler` for this spec, the device aside."""
+        names = ("steps", "solver", "spacing", "eta", "clip", "interval", "rescale", "guidance_channels", "batch", *AUTO)
+        return {name: getattr(self, name) for name in names}
+
+    def refused(self, key: str, message: str) -> Error:
+        """The error for `key`, with the place it was written at."""
+        place = self.places.get(key)
+        return Error(f"{place}: {message}" if place else message)
+
+    def checked(self, key: str, action: Callable[[], Any]) -> Any:
+        """action(), whose errors are said to be those of `key`."""
+        try:
+            return action()
+        except Error as error:
+            raise self.refused(key, str(error)) from error
+
+
+def read_table(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what a TOML file holds, "FILE line N" for each of its top-level keys). Raises Error."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise Error(f"cannot read the spec {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or numbers of thousands of digits
+        raise Error(f"{path} is not TOML: {error}") from error
+    return data, {key: f"{path} line {line}" for key, line in key_lines(text, data).items()}
+
+
+def _read_labels(path: Path, where: str) -> list[int]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise Error(f"{where}: cannot read labels_file {path}: {getattr(error, 'strerror', None) or error}") from error
+    for number, line in enumerate(lines, 1):
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", line, re.ASCII):
+            raise Error(f"{where}: labels_file {path} line {number}: want a whole number of at least 0, got {line[:40]!r}")
+    return [int(line) for line in lines]
+
+
+def key_lines(text: str, data: Mapping[str, Any]) -> dict[str, int]:
+    """The line, from 1, at which each top-level key of `data`, parsed from `text`, is written."""
+    found: dict[str, int] = {}
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        match = re.match(r"""\s*\[{0,2}\s*(["']?)([^"'=.\]]+?)\1\s*[=.\]]""", line)
+        key = match[2] if match else ""
+        if key in data and key not in found and _starts_statement(lines[: number - 1]):
+            found[key] = number
+    return found
+
+
+def _starts_statement(before: list[str]) -> bool:
+    """Whether what follows these lines of TOML is a new statement, not the inside of a text or a list."""
+    try:
+        tomllib.loads("\n".join(before))
+    except tomllib.TOMLDecodeError:
+        return False
+    return True
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    if isinstance(there, tuple) and isinstance(here, tuple) and max(len(there), len(here)) > 8:
+        if len(there) != len(here):
+            return f"{name}: {len(there)} of them there, {len(here)} here"
+        position = next(i for i, pair in enumerate(zip(there, here, strict=True)) if pair[0] != pair[1])
+        return f"{name}: number {position + 1} is {there[position]} there, {here[position]} here"
+    there, here = (f"{len(v)} listed" if isinstance(v, tuple) and len(v) > 8 else _shown(v) for v in (there, here))
+    return f"{name}: {there} there, {here} here"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Interval):
+        return f"{'sigma ' if value.unit == 'sigma' else ''}{value.lo:g} to {value.hi:g}"
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _brief(value: Any) -> str:
+    """`value` as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out whole numbers of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise Error(f"{name} must be text, got {_brief(value)}")
+    return value
+
+
+def _one_of(*known: Any) -> Callable[[str, Any], Any]:
+    def convert(name: str, value: Any) -> Any:
+        if type(value) not in {type(option) for option in known} or value not in known:
+            raise Error(f"unknown {name} {_brief(value)}: known are {', '.join(map(str, known))}")
+        return value
+
+    return convert
+
+
+def _whole(least: int, most: int = 2**31) -> Callable[[str, Any], int]:
+    def convert(name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise Error(f"{name} must be a whole number from {least} to {most}, got {_brief(value)}")
+        return value
+
+    return convert
+
+
+def _number(low: float, high: float) -> Callable[[str, Any], float]:
+    def convert(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise Error(f"{name} must be a number from {low:g} to {high:g}, got {_brief(value)}")
+        return float(value)
+
+    return convert
+
+
+def _optional(convert: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else convert(name, value)
+
+
+def _several(name: str, values: Any, convert: Callable[[str, Any], Any]) -> tuple[Any, ...]:
+    if not isinstance(values, (list, tuple)) or not values:
+        raise Error(f"{name} must be a list of at least one, got {_brief(values)}")
+    return tuple(convert(f"{name}: each", value) for value in values)
+
+
+def _labels(name: str, value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        if value != "balanced":
+            raise Error(f'{name} must be "balanced" or a list of whole numbers (or use labels_file), got {_brief(value)}')
+        return value
+    return _several(name, value, _whole(0))
+
+
+def _scales(name: str, value: Any) -> tuple[float, ...]:
+    scales = _several(name, value, _number(1.0, 1e9))  # s = 1 is no guidance; the paper's w is s - 1
+    if len(set(scales)) != len(scales):
+        raise Error(f"{name}: each once, got {list(scales)}")
+    return scales
+
+
+def _seed(name: str, value: Any) -> int:
+    seed = as_seed(value)
+    if seed is None:
+        raise Error(f"{name} must be a whole number of up to 64 bits, got {_brief(value)}")
+    return seed
+
+
+def _interval(_: str, value: Any) -> Interval | None:
+    interval = Interval.parse(tuple(value) if isinstance(value, list) else value)
+    if interval is not None and not math.isfinite(interval.hi):
+        raise Error(f"interval: bounds must be finite, got {interval.hi}")
+    return interval
+
+
+_CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
+    "checkpoint": _text,
+    "scales": _scales,
+    "labels": _labels,
+    "count": _optional(_whole(1, 2**40)),
+    "steps": _whole(1),
+    "solver": _one_of(*SOLVERS),
+    "spacing": _one_of(*SPACINGS),
+    "eta": _optional(_number(0, 1)),
+    "interval": _interval,
+    "rescale": _number(0, 1),
+    "guidance_channels": _optional(_whole(1)),
+    "clip": _optional(_one_of(*CLIPS)),
+    "dtype": _one_of("auto", *DTYPES),
+    "engine": _one_of("auto", *ENGINES),
+    "seed": _seed,
+    "unit_size": _whole(1),
+    "batch": _whole(1, 2**20),
+    "output": _one_of(*OUTPUTS),
+}
+
+
+def frozen(spec: Spec, dtype: str, engine: str) -> Spec:
+    """`spec` with what "auto" came to."""
+    return replace(spec, dtype=dtype, engine=engine)

@@ -1,0 +1,206 @@
+"""Sweeps: samples over a grid of guidance settings from the same noise, as jobs that can be gone on with, judged and plotted.
+
+DIR/sweep.toml      the sweep as it was given, frozen when it began
+DIR/jobs/NAME/      one job for each setting but the scale: its scales share batches
+DIR/sweep.csv       a row for each point, as soon as it is judged
+DIR/sweep.png       the trade-off in plots
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastcfg import metrics as m
+from fastcfg.checkpoints import load
+from fastcfg.engines import find_device
+from fastcfg.errors import Error
+from fastcfg.files import replacing
+from fastcfg.guidance import Guidance
+from fastcfg.jobs import Spec, run
+from fastcfg.jobs.spec import read_table
+from fastcfg.plan import make_plan
+
+GRID = ("solver", "steps", "interval", "rescale")  # what a sweep varies besides the scale
+POINT = (*GRID, "scale")
+EVAL = ("reference", "features", "metrics", "bootstrap")
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """jobs: {name: spec}, one for each combination of the grid. The rest is what `fastcfg eval` takes."""
+
+    jobs: dict[str, Spec]
+    reference: str
+    features: str
+    metrics: tuple[str, ...] | None = None
+    bootstrap: int | None = None
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Sweep:
+        """A job's spec, with a table [grid] of lists (any of solver, steps, interval, rescale) and a table [eval] of
+        reference, features and, if wanted, metrics and bootstrap.
+
+        interval = [false, [100, 600]] is without and with. Raises Error as `Spec.from_toml` does.
+        """
+        data, places = read_table(path)
+        grid, judged = _table(path, data, "grid", GRID), _table(path, data, "eval", EVAL)
+        for key in ("reference", "features"):
+            if not isinstance(judged.get(key), str):
+                raise Error(f"{path} [eval]: {key} must be text, as `fastcfg eval` takes it, got {judged.get(key)!r}")
+        names = judged.get("metrics")
+        if names is not None and not (isinstance(names, list) and all(name in m.METRICS for name in names)):
+            raise Error(f"{path} [eval]: metrics must be a list of {', '.join(m.METRICS)}, got {names!r}")
+        bootstrap = judged.get("bootstrap")
+        if bootstrap is not None and not (type(bootstrap) is int and bootstrap >= 0 and bootstrap != 1):
+            raise Error(f"{path} [eval]: bootstrap must be 0 or a whole number of at least 2, got {bootstrap!r}")
+        for key, values in grid.items():
+            if key in data:
+                raise Error(f"{places[key]}: {key} is given twice, here and in [grid]")
+            if not isinstance(values, list) or not values:
+                raise Error(f"{path} [grid]: {key} must be a list of at least one, got {values!r}")
+        jobs = {}
+        for values in itertools.product(*grid.values()):
+            chosen = {key: value for key, value in zip(grid, values, strict=True) if value is not False}
+            spec = Spec.from_table(data | chosen, path, places | dict.fromkeys(chosen, f"{path} [grid]"))
+            if spec.output != "uint8":
+                raise spec.refused("output", "a sweep judges pixels: leave output out")
+            jobs[_name(spec)] = spec
+        return cls(jobs, judged["reference"], judged["features"], tuple(names) if names else None, bootstrap)
+
+    @property
+    def points(self) -> Iterator[tuple[str, Spec, float]]:
+        return ((name, spec, scale) for name, spec in self.jobs.items() for scale in spec.scales)
+
+
+def run_sweep(
+    path: str | Path,
+    out: str | Path,
+    devices: str | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    progress: bool = True,
+) -> list[Row]:
+    """Samples and judges what is missing of the sweep at `path` in the local folder `out`; every row of its sweep.csv.
+
+    devices, workers, ray: as `fastcfg.jobs.run` takes them. Each row is a point: its settings, samples, rows_a_sample (model
+    rows: 2 a guided step, 1 another) and, of each metric, the figure and its 95 % interval. A killed sweep is gone on with by
+    the same call, and comes to the same rows.
+    """
+    path, out = Path(path), Path(out)
+    sweep = Sweep.from_toml(path)
+    network = m.load_network(sweep.features, find_device("auto"))
+    reference = m.open_reference(sweep.reference, network)
+    _freeze(path, out)
+    for name, spec in sweep.jobs.items():
+        if progress:
+            print(f"{name}: {spec.samples} samples", file=sys.stderr)
+        run(spec, out / "jobs" / name, devices=devices, workers=workers, ray=ray, progress=progress)
+    table, rows = out / "sweep.csv", []
+    known = {_key(row): row for row in _read(table)}
+    for name, spec, scale in tqdm(list(sweep.points), "judge", unit="point", file=sys.stderr, disable=not progress):
+        settings = _settings(spec, scale)
+        row = known.get(_key(settings))
+        if row is None:
+            samples = m.extract(network, m.open_images(out / "jobs" / name, scale))
+            figures = m.evaluate(samples, reference, sweep.metrics, bootstrap=sweep.bootstrap)
+            row = settings | {"samples": str(len(samples))} | _figures(figures)
+        rows.append(row)
+        _write(table, rows)
+    return rows
+
+
+def _table(path: Path, data: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, Any]:
+    """Takes the table `name` out of `data`."""
+    table = data.pop(name, {})
+    if not isinstance(table, dict):
+        raise Error(f"{path}: {name} must be a table: [{name}]")
+    for key in table:
+        if key not in known:
+            raise Error(f"{path} [{name}]: unknown key {key!r}: known are {', '.join(known)}")
+    return table
+
+
+def _name(spec: Spec) -> str:
+    """A folder's name for the settings of the grid."""
+    parts = [spec.solver, str(spec.steps)]
+    if spec.interval is not None:
+        parts += [
+            "interval",
+            *(["sigma"] if spec.interval.unit == "sigma" else []),
+            f"{spec.interval.lo:g}",
+            f"{spec.interval.hi:g}",
+        ]
+    return "-".join(parts + ([f"rescale-{spec.rescale:g}"] if spec.rescale else []))
+
+
+def _settings(spec: Spec, scale: float) -> Row:
+    model = load(spec.checkpoint)
+    plan = make_plan(model.schedule, steps=spec.steps, solver=spec.solver, spacing=spec.spacing, predicts=model.predicts,
+                     guidance=Guidance(interval=spec.interval))  # fmt: skip
+    guided = int(plan.guided.sum()) if scale != 1 else 0
+    interval = spec.interval
+    return {
+        "solver": spec.solver,
+        "steps": str(spec.steps),
+        "interval": ""
+        if interval is None
+        else f"{'sigma:' if interval.unit == 'sigma' else ''}{interval.lo:g}:{interval.hi:g}",
+        "rescale": f"{spec.rescale:g}",
+        "scale": f"{scale:g}",
+        "rows_a_sample": str(spec.steps + guided),
+    }
+
+
+def _figures(figures: Sequence[m.Figure]) -> Row:
+    cells: Row = {}
+    for figure in figures:
+        low, high = figure.estimate.interval
+        values = {figure.name: figure.estimate.value, f"{figure.name}_low": low, f"{figure.name}_high": high}
+        cells |= {name: f"{value:.6g}" for name, value in values.items()}
+    return cells
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in POINT)
+
+
+def _freeze(path: Path, out: Path) -> None:
+    """Keeps the sweep's text in `out`. Raises Error if another sweep is there, or other things."""
+    text, kept = path.read_text(), out / "sweep.toml"
+    with suppress(FileNotFoundError):
+        if kept.read_text() != text:
+            raise Error(f"{out} holds another sweep: compare {kept} with {path}, or give another --out")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise Error(f"{out} holds other things: want a new or an empty folder for --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(kept) as temporary:
+        temporary.write_text(text)
+
+
+def _read(table: Path) -> list[Row]:
+    try:
+        return list(csv.DictReader(io.StringIO(table.read_text())))
+    except FileNotFoundError:
+        return []
+
+
+def _write(table: Path, rows: list[Row]) -> None:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(itertools.chain(*rows))), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(table) as temporary:
+        temporary.write_text(buffer.getvalue())

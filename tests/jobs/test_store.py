@@ -1,0 +1,259 @@
+"""Stores: whole files or none, claims that end with their process, and the frozen spec."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcfg
+from fastcfg.jobs import Spec, open_job, open_store
+from fastcfg.jobs import store as store_module
+from fastcfg.jobs.errors import JobError
+from fastcfg.jobs.job import check_checkpoint, check_same, check_vacant, checkpoint_sha256, freeze, resolve
+from fastcfg.jobs.store import LocalStore, RemoteStore, Store
+
+UNIT = "units/unit-000003.safetensors"
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    store = open_store(tmp_path / "a job" if request.param == "local" else f"memory://{tmp_path.name}/a job")
+    store.prepare()
+    return store
+
+
+def test_files_are_written_read_listed_and_moved(store: Store) -> None:
+    store.write(UNIT, [b"one", memoryview(b"two")])
+    store.write("job.json", [b"{}"])
+    assert bytes(store.read(UNIT)) == b"onetwo"
+    assert store.size(UNIT) == 6
+    assert store.sizes("units") == {"unit-000003.safetensors": 6}
+    assert {"job.json", "units"} <= set(store.names())
+    store.write(UNIT, [b"three"])
+    assert bytes(store.read(UNIT)) == b"three"
+    store.set_aside(UNIT, "damaged")
+    assert store.sizes("units") == {}
+    assert bytes(store.read("damaged/unit-000003.safetensors")) == b"three"
+    assert store.size(UNIT) is None
+    with pytest.raises(FileNotFoundError):
+        store.read(UNIT)
+
+
+def test_stores_can_be_sent(store: Store) -> None:
+    store.write(UNIT, [b"x"])
+    assert bytes(pickle.loads(pickle.dumps(store)).read(UNIT)) == b"x"
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    for out in (tmp_path / "none", "memory://none/at/all"):
+        assert open_store(out).names() == []
+        assert open_store(out).sizes("units") == {}
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.write(UNIT, [b"old"])
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JobError, match=r"unit-000003.*No space left on device"):
+        store.write(UNIT, [b"new"])
+    assert [path.name for path in (tmp_path / "units").iterdir()] == ["unit-000003.safetensors"]
+    assert bytes(store.read(UNIT)) == b"old"
+
+
+def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    LocalStore(tmp_path).write(UNIT, [b"x"])
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from fastcfg.jobs.store import LocalStore
+store = LocalStore(Path(sys.argv[1]))
+print(store.claim(3), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_local_claims_end_with_their_process_however_it_ends(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.prepare()
+    half = tmp_path / "units" / f".unit-000003.safetensors.{'0' * 16}.tmp"
+    stale = tmp_path / "units" / f".unit-000004.safetensors.{'0' * 16}.tmp"
+    foreign = tmp_path / "units" / ".nfs0001"
+    for path in (half, stale, foreign):
+        path.touch()
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+        assert not store.claim(3)
+        assert store.claim(4)
+        store.release(4)
+        # A temporary file is removed if nobody is at its unit.
+        assert store.clean() == 1
+        assert (half.exists(), stale.exists(), foreign.exists()) == (True, False, True)
+        holder.send_signal(signal.SIGKILL)
+    assert store.claim(3)
+    store.release(3)
+    assert store.clean() == 1
+    assert not half.exists()
+
+
+def test_leases_are_one_holders_until_released_or_left_to_lapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = RemoteStore("memory://leases"), RemoteStore("memory://leases")
+    assert one.claim(3)
+    assert not two.claim(3)
+    assert one.claim(3)  # still its own
+    one.release(3)
+    assert two.claim(3)
+    two.close()
+    assert one.claim(3)
+    later = time.time() + store_module.LEASE_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert two.claim(3)
+    assert not one.claim(3)
+
+
+def test_leases_are_renewed_while_their_holder_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "LEASE_SECONDS", 0.2)
+    store = RemoteStore("memory://renewed")
+    assert store.claim(3)
+    path = store._lease(3)
+    holder, renewed = first = store._read_lease(path)
+    deadline = time.monotonic() + 30
+    while (now := store._read_lease(path)) == first:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert now[0] == holder
+    assert now[1] > renewed
+    store.close()
+    assert store._read_lease(path) == ("", 0.0)
+
+
+def test_uploads_are_tried_again_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PAUSES", (0.0, 0.0))
+    store = RemoteStore("memory://retries")
+    failures: list[Exception] = [OSError("reset"), TimeoutError("slow")]
+    real = store._system.pipe_file
+
+    def unsteady(*arguments: object, **keywords: object) -> None:
+        if failures:
+            raise failures.pop(0)
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(store._system, "pipe_file", unsteady, raising=False)
+    store.write(UNIT, [b"x"])
+    assert bytes(store.read(UNIT)) == b"x"
+    failures[:] = [PermissionError("Access Denied")] * 2
+    with pytest.raises(JobError, match=r"memory://retries/units.*Access Denied"):
+        store.write(UNIT, [b"y"])
+
+
+def test_unknown_protocol_and_missing_backend_are_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(fastcfg.Error, match=r"cannot open nowhere://.*s3://"):
+        open_store("nowhere://bucket/job")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(fastcfg.Error, match=r"fastcfg\[remote\]"):
+        open_store("s3://bucket/job")
+    open_store(tmp_path).prepare()  # a local path needs none of it
+
+
+def test_frozen_spec_comes_back_and_another_is_refused(tiny_spec: Spec, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "job")
+    asked = replace(tiny_spec, dtype="auto", engine="auto")
+    job = freeze(store, asked, resolve(asked, "cpu"), "# as given\n")
+    assert (tmp_path / "job" / "spec.toml").read_text() == "# as given\n"
+    assert job.spec.engine == "cpu"
+    assert job.spec.dtype in ("fp32", "bf16")
+    assert open_job(tmp_path / "job").describe() == job.describe()
+    check_same(job, asked)
+    check_same(job, job.spec)
+    with pytest.raises(
+        fastcfg.Error, match=r"another spec: scales: \[1.0, 3.0\] there, \[1.0, 2.0\] here; seed: 5 there, 6 here"
+    ):
+        check_same(job, replace(asked, scales=(1.0, 2.0), seed=6))
+    # Who freezes second takes what is there.
+    late = freeze(store, asked, replace(job.resolved, dtype="int8"), "# later\n")
+    assert late.describe() == job.describe()
+    assert (tmp_path / "job" / "spec.toml").read_text() == "# as given\n"
+
+
+def test_another_checkpoint_is_refused_and_a_moved_one_is_not(tiny_spec: Spec, tmp_path: Path) -> None:
+    job = freeze(open_store(tmp_path / "job"), tiny_spec, resolve(tiny_spec, "cpu"), None)
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(Path(tiny_spec.checkpoint).read_bytes())
+    check_same(job, replace(tiny_spec, checkpoint=str(moved)))
+    model = fastcfg.load(moved)
+    with torch.no_grad():
+        model.module.final_layer.linear.bias += 1e-6
+    fastcfg.save(model, moved)
+    with pytest.raises(fastcfg.Error, match=rf"another checkpoint: SHA-256 {job.checkpoint_sha256[:16]}\.\. there"):
+        check_same(job, replace(tiny_spec, checkpoint=str(moved)))
+    with pytest.raises(fastcfg.Error, match="cannot read the checkpoint"):
+        check_checkpoint(replace(tiny_spec, checkpoint="/nowhere.safetensors"), job.checkpoint_sha256)
+
+
+def test_checkpoint_sha_of_a_folder_covers_what_is_read_from_it(tmp_path: Path) -> None:
+    spec = Spec(checkpoint=str(tmp_path), scales=(1.0,), count=1)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    first = checkpoint_sha256(spec)
+    (tmp_path / "README.md").write_text("not read")
+    assert checkpoint_sha256(spec) == first
+    (tmp_path / "transformer" / "config.json").write_text("{ }")
+    assert checkpoint_sha256(spec) != first
+
+
+def test_folders_of_other_things_and_damaged_jobs_are_refused(tiny_spec: Spec, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").touch()
+    with pytest.raises(fastcfg.Error, match=r"other things \(thesis\.tex\)"):
+        check_vacant(open_store(tmp_path / "work"))
+    with pytest.raises(fastcfg.Error, match="no job at"):
+        open_job(tmp_path / "work")
+    job = freeze(open_store(tmp_path / "job"), tiny_spec, resolve(tiny_spec, "cpu"), None)
+    path = tmp_path / "job" / "job.json"
+    good = json.loads(path.read_text())
+    damages: list[Callable[[], str]] = [
+        lambda: path.read_text()[:50],
+        lambda: "[]",
+        lambda: json.dumps({**good, "spec": {**good["spec"], "seed": 6}}),
+        lambda: json.dumps({key: value for key, value in good.items() if key != "shape"}),
+        lambda: json.dumps({**good, "spec": None}),
+    ]
+    for damage in damages:
+        path.write_text(damage())
+        with pytest.raises(fastcfg.Error, match=r"job\.json is damaged"):
+            open_job(tmp_path / "job")
+    path.write_text(json.dumps(job.describe()))
+    open_job(tmp_path / "job")
+
+
+def test_jobs_need_neither_ray_nor_fsspec(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(ray=None, fsspec=None, s3fs=None)\n"
+        "import fastcfg.jobs as jobs, fastcfg.cli.job\n"
+        "jobs.open_store(sys.argv[1]).prepare()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "job")], check=True)

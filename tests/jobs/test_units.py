@@ -1,0 +1,189 @@
+"""Units: what they hold, that they are the same bytes whoever computes them, and that damage to their files is found."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import fastcfg
+from fastcfg.jobs import Job, Spec, all_units, check_unit, compute, get_unit, open_store, read_unit, write_unit
+from fastcfg.jobs.errors import DamagedError
+from fastcfg.jobs.job import freeze, resolve
+from fastcfg.jobs.units import decode, encode, unit_bytes
+from fastcfg.jobs.worker import Outcome, Worker
+
+
+@pytest.fixture
+def job(tiny_spec: Spec, tmp_path: Path) -> Job:
+    return freeze(open_store(tmp_path / "job"), tiny_spec, resolve(tiny_spec, "cpu"), None)
+
+
+def written(job: Job) -> Job:
+    sampler = job.make_sampler("cpu")
+    for unit in all_units(job.spec):
+        write_unit(job, unit, compute(sampler, job.spec, unit))
+    return job
+
+
+def test_sample_i_has_its_label_scale_and_noise(job: Job) -> None:
+    """Each sample again, alone, by the reference engine: labels in turn, all scales of a label from the same noise."""
+    spec = job.spec
+    model = fastcfg.load(spec.checkpoint)
+    sampler = fastcfg.Sampler(model, steps=3, eta=1.0, batch=1, engine="reference", dtype="fp32", device="cpu")
+    units = [compute(job.make_sampler("cpu"), spec, unit) for unit in all_units(spec)]
+    whole = {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
+    assert whole["images"].shape == (40, 8, 8, 3)
+    for i in range(40):
+        n, s = divmod(i, 2)
+        label, scale = n % 5, [1.0, 3.0][s]
+        assert (whole["labels"][i], whole["scales"][i], whole["seeds"][i], whole["indices"][i]) == (label, scale, 5, n)
+        x = sampler([label], scale, seeds=[5], indices=[n])[0].numpy()
+        expected = np.floor(np.clip(127.5 * x + 128, 0, 255)).transpose(1, 2, 0)
+        assert np.abs(whole["images"][i].astype(int) - expected).max() <= 1  # another engine may round across a border
+    assert whole["images"].std() > 20
+    assert {name: array.dtype.name for name, array in whole.items()} == {
+        "labels": "int64", "seeds": "int64", "indices": "int64", "scales": "float32", "images": "uint8",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_units_are_the_same_bytes_in_any_order_and_on_any_number_of_threads(
+    tiny_spec: Spec, tmp_path: Path, engine: str
+) -> None:
+    spec = replace(tiny_spec, engine=engine)
+    job = freeze(open_store(tmp_path / "job"), spec, resolve(spec, "cpu"), None)
+
+    def files(threads: int, order: list[int]) -> dict[int, bytes]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            sampler = job.make_sampler("cpu")
+            units = [get_unit(job.spec, k) for k in order]
+            return {unit.k: b"".join(encode(job, unit, compute(sampler, job.spec, unit))) for unit in units}
+        finally:
+            torch.set_num_threads(before)
+
+    assert files(1, [0, 3, 6]) == files(2, [6, 0, 3])
+
+
+def test_unit_size_changes_no_sample(job: Job) -> None:
+    sampler = job.make_sampler("cpu")
+    other = replace(job.spec, unit_size=40)
+    parts = [compute(sampler, job.spec, unit)["images"] for unit in all_units(job.spec)]
+    assert np.array_equal(np.concatenate(parts), compute(sampler, other, get_unit(other, 0))["images"])
+
+
+def test_latents_are_the_samples_themselves(tiny_spec: Spec, tmp_path: Path) -> None:
+    spec = replace(tiny_spec, output="latents")
+    job = freeze(open_store(tmp_path / "job"), spec, resolve(spec, "cpu"), None)
+    sampler, unit = job.make_sampler("cpu"), get_unit(job.spec, 6)
+    write_unit(job, unit, compute(sampler, job.spec, unit))
+    images = read_unit(job, unit)["images"]
+    expected = sampler([3, 3, 4, 4], [1.0, 3.0, 1.0, 3.0], 5, indices=[18, 18, 19, 19]).numpy()
+    assert images.dtype == np.float32
+    assert np.array_equal(images, expected)
+
+
+def test_files_are_safetensors_with_their_origin(job: Job, tmp_path: Path) -> None:
+    written(job)
+    unit = get_unit(job.spec, 2)
+    path = tmp_path / "job" / unit.name
+    assert path.stat().st_size == unit_bytes(job, unit)
+    with safe_open(str(path), framework="np") as file:  # the format's own reader
+        metadata = file.metadata()
+        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert (metadata["unit"], metadata["spec"]) == ("2", job.spec.sha256)
+    assert metadata["checkpoint"] == job.checkpoint_sha256
+    ours = read_unit(job, unit)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_every_flipped_bit_is_found(job: Job) -> None:
+    """Every bit of the header, and a sample of the rest."""
+    unit = get_unit(job.spec, 1)
+    content = bytearray(b"".join(encode(job, unit, compute(job.make_sampler("cpu"), job.spec, unit))))
+    decode(job, unit, bytes(content))
+    header = 8 + int.from_bytes(content[:8], "little")
+    bits = [*range(8 * header), *random.Random(0).sample(range(8 * header, 8 * len(content)), 400)]
+    for bit in bits:
+        content[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamagedError):
+            decode(job, unit, bytes(content))
+        content[bit // 8] ^= 1 << bit % 8
+    decode(job, unit, bytes(content))
+
+
+def test_damage_is_named(job: Job, tmp_path: Path) -> None:
+    written(job)
+    units = [get_unit(job.spec, k) for k in range(4)]
+    paths = [tmp_path / "job" / unit.name for unit in units]
+    assert [check_unit(job, unit) for unit in units] == [None] * 4
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(whole[0][:-1])
+    paths[1].write_bytes(whole[2])
+    paths[2].write_bytes(whole[1])
+    paths[3].write_bytes(whole[3][:-1] + bytes([whole[3][-1] ^ 1]))
+    size = len(whole[0])
+    assert [check_unit(job, unit) for unit in units] == [
+        f"{size - 1} bytes, not {size}",
+        "it is unit 2",
+        "it is unit 1",
+        "its content is not what was written (SHA-256)",
+    ]
+    with pytest.raises(DamagedError, match="--verify"):
+        read_unit(job, units[3])
+    read_unit(job, units[3], verify=False)  # the caller's choice
+
+
+def test_units_of_another_job_are_told(job: Job) -> None:
+    unit = get_unit(job.spec, 0)
+    other_spec = replace(job, spec=replace(job.spec, seed=6))
+    other_weights = replace(job, checkpoint_sha256="0" * 64)
+    sampler = job.make_sampler("cpu")
+    arrays = compute(sampler, job.spec, unit)
+    for other, words in ((other_spec, "another spec"), (other_weights, "another checkpoint")):
+        write_unit(other, unit, arrays)
+        assert words in str(check_unit(job, unit))
+
+
+def test_missing_unit_and_wrong_number(job: Job) -> None:
+    with pytest.raises(fastcfg.Error, match="unit 3 is not in"):
+        read_unit(job, get_unit(job.spec, 3))
+    with pytest.raises(fastcfg.Error, match=r"unit 7 asked, .*0\.\.6"):
+        get_unit(job.spec, 7)
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_worker_writes_passes_over_and_reports(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    url = str(tmp_path / "job") if kind == "local" else f"memory://{tmp_path.name}"
+    job = freeze(open_store(url), tiny_spec, resolve(tiny_spec, "cpu"), None)
+    events: list[object] = []
+    worker = Worker(job, "cpu", events.append)
+    units = list(all_units(job.spec))[:3]
+    write_unit(job, units[1], compute(worker.sampler, job.spec, units[1]))
+    real = compute
+
+    def failing(sampler: object, spec: Spec, unit: object, on_batch: object) -> object:
+        if unit == units[2]:
+            raise RuntimeError("out of\nmemory")
+        return real(sampler, spec, unit, on_batch)
+
+    monkeypatch.setattr("fastcfg.jobs.worker.compute", failing)
+    for unit in units:
+        worker.take(unit)
+    worker.finish()
+    outcomes = {event.unit.k: event for event in events if isinstance(event, Outcome)}
+    assert [outcomes[k].status for k in range(3)] == ["written", "present", "failed"]
+    assert outcomes[2].error == "RuntimeError: out of memory"
+    assert check_unit(job, units[0]) is None
+    other = open_store(url)
+    assert all(other.claim(unit.k) for unit in units), "a unit that is done with is still claimed"
