@@ -3,7 +3,7 @@
     python benchmarks/precision.py /usr/share/datasets/fashion-mnist
 
 Prints two tables and writes them to benchmarks/results/precision.csv. Errors: |x - x_fp32| / |x_fp32| over 16 samples of
-DDIM (eta 0, no clipping) with s = 1.5, the median sample and the worst, on the cpu engine; beside them plain torch's in
+DDIM (eta 0) with s = 1.5, the median sample and the worst, on the cpu engine; beside them plain torch's in
 bfloat16 (the reference engine, same model and noise). Quality: as in benchmarks/quality.py, with the model's own settings.
 """
 
@@ -63,7 +63,7 @@ def errors() -> Iterator[dict[str, str]]:
 def samples(model: fastcfg.Denoiser | nn.Module, steps: int, engine: str, dtype: str) -> Tensor:
     schedule = None if isinstance(model, fastcfg.Denoiser) else "linear"
     sampler = fastcfg.Sampler(
-        model, steps=steps, eta=0.0, clip=False, batch=16, device="cpu", engine=engine, dtype=dtype, schedule=schedule
+        model, steps=steps, eta=0.0, batch=16, device="cpu", engine=engine, dtype=dtype, schedule=schedule
     )
     return sampler(torch.arange(16) % 10, 1.5)
 
