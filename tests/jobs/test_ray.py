@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -109,6 +110,15 @@ def test_workers_write_to_an_object_store(cluster: Cluster, tiny_spec: Spec, tmp
         assert bytes(open_store(url).read(unit.name)) == (tmp_path / "here" / unit.name).read_bytes()
 
 
+def test_a_checkpoint_may_move_between_runs(cluster: Cluster, tiny_spec: Spec, here: dict[str, str], tmp_path: Path) -> None:
+    before, now = tmp_path / "before.safetensors", tmp_path / "now.safetensors"
+    shutil.copy(tiny_spec.checkpoint, before)
+    make_job(replace(tiny_spec, checkpoint=str(before)), tmp_path / "out", [])
+    before.rename(now)
+    run(replace(tiny_spec, checkpoint=str(now)), tmp_path / "out", ray=cluster.address, progress=False)
+    assert unit_hashes(tmp_path / "out") == here
+
+
 def test_a_unit_that_keeps_failing_is_named_and_the_rest_is_done(
     cluster: Cluster, tiny_spec: Spec, here: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,8 +187,8 @@ def _only_here(monkeypatch: pytest.MonkeyPatch) -> type:
 
 def _blind_on(node: int, elsewhere: Path) -> type:
     class Blind(ray_runner.Actor):
-        def start(self, store: Any, token: str | None, device: str) -> str:
-            return super().start(LocalStore(elsewhere) if os.getppid() == node else store, token, device)
+        def start(self, store: Any, checkpoint: str, token: str | None, device: str) -> str:
+            return super().start(LocalStore(elsewhere) if os.getppid() == node else store, checkpoint, token, device)
 
     return Blind
 
