@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.files import read_safetensors, write_safetensors
+from fastcfg.files import read_pickle, read_safetensors, write_safetensors
 from fastcfg.models.denoiser import Denoiser, describe_dit
 from fastcfg.models.diffusers_dit import dit_from_diffusers
 from fastcfg.models.dit import DiT, DiTConfig
@@ -117,19 +116,8 @@ def build_dit(config: DiTConfig, tensors: Mapping[str, Tensor], source: str) -> 
 
 def _load_official(path: Path) -> Denoiser:
     """The official checkpoint: a state dict, or {"model", "ema", "opt", "args"} of which the EMA weights are taken."""
-    try:
-        # The official trainer stores its options as a Namespace: a class without code of its own, so safe to build.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets foreign bytes with exceptions of any kind
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise Error(
-                f"{path} wants {code[1]}, and code in a file is not run: keep the state dict of tensors alone"
-            ) from error
-        raise Error(
-            f"{path} is not a whole torch checkpoint of tensors alone, and code in a file is not run ({type(error).__name__})"
-        ) from error
+    # The official trainer stores its options as a Namespace: a class without code of its own, so safe to build.
+    content = read_pickle(path, argparse.Namespace)
     state = content
     for key in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -1,13 +1,16 @@
-"""Writing files whole or not at all, and reading safetensors with one clear error."""
+"""Writing files whole or not at all, and reading safetensors and torch's pickles with one clear error."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -71,3 +74,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise Error(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_pickle(path: Path, *classes: type) -> Any:
+    """What torch.save wrote to `path`, on the CPU, if it is made of tensors, Python's own containers and `classes` alone.
+
+    Raises Error for anything else: code in a file is not run.
+    """
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets foreign bytes with exceptions of any kind
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise Error(
+                f"{path} wants {code[1]}, and code in a file is not run: keep the state dict of tensors alone"
+            ) from error
+        raise Error(
+            f"{path} is not a whole torch checkpoint, or not a state dict of tensors alone, "
+            f"and code in a file is not run ({type(error).__name__})"
+        ) from error

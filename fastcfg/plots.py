@@ -53,7 +53,7 @@ def plot_geometry(
     """Noises x0 [C, H, W] to timestep t, asks the model for eps_null and eps_y there, draws both and what guidance makes of
     them, with the images of x0 that each stands for.
     """
-    plt = _pyplot()
+    plt = pyplot()
     schedule = sampler.model.schedule
     if sampler.model.predicts != "eps":
         raise Error(f"the picture is of eps predictions, but the model predicts {sampler.model.predicts}")
@@ -111,7 +111,7 @@ def _draw_strip(axes: Any, images: Sequence[Tensor], names: Sequence[str]) -> No
 
 def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:
     """The training loss over steps, logarithmic."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(steps, losses)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training loss")
@@ -135,7 +135,7 @@ def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = ""
     rows: of a sweep's table (`fastcfg.sweep`), with 95 % intervals; "setting" names the lines where a row has it, else what
     its settings are besides the scale.
     """
-    plt = _pyplot()
+    plt = pyplot()
     panels = [panel for panel in PANELS if all(panel[0] in row and panel[1] in row for row in rows)]
     if not rows or not panels:
         raise Error("a trade-off has rows with a Frechet distance and a scale, or precision and recall")
@@ -176,7 +176,8 @@ def _bars(rows: Sequence[Mapping[str, str]], column: str) -> list[list[float]] |
     return [[value - low for value, low, _ in values], [high - value for value, _, high in values]]
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, without a screen. Raises Error where the extra is missing: to be asked before long work."""
     try:
         import matplotlib
     except ImportError as error:

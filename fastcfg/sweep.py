@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from fastcfg import metrics as m
 from fastcfg.checkpoints import load
 from fastcfg.engines import find_device
 from fastcfg.errors import Error
-from fastcfg.files import replacing
+from fastcfg.files import write_file
 from fastcfg.guidance import Guidance
 from fastcfg.jobs import Spec, run
 from fastcfg.jobs.spec import read_table
+from fastcfg.models.denoiser import Denoiser
 from fastcfg.plan import make_plan
 
 GRID = ("solver", "steps", "interval", "rescale")  # what a sweep varies besides the scale
@@ -79,10 +81,6 @@ class Sweep:
             jobs[_name(spec)] = spec
         return cls(jobs, judged["reference"], judged["features"], tuple(names) if names else None, bootstrap)
 
-    @property
-    def points(self) -> Iterator[tuple[str, Spec, float]]:
-        return ((name, spec, scale) for name, spec in self.jobs.items() for scale in spec.scales)
-
 
 def run_sweep(
     path: str | Path,
@@ -102,6 +100,8 @@ def run_sweep(
     sweep = Sweep.from_toml(path)
     network = m.load_network(sweep.features, find_device("auto"))
     reference = m.open_reference(sweep.reference, network)
+    model = load(next(iter(sweep.jobs.values())).checkpoint)  # the grid varies no checkpoint
+    _check(sweep, model, network, reference)
     _freeze(path, out)
     for name, spec in sweep.jobs.items():
         if progress:
@@ -109,11 +109,11 @@ def run_sweep(
         run(spec, out / "jobs" / name, devices=devices, workers=workers, ray=ray, progress=progress)
     table, rows = out / "sweep.csv", []
     known = {_key(row): row for row in _read(table)}
-    for name, spec, scale in tqdm(list(sweep.points), "judge", unit="point", file=sys.stderr, disable=not progress):
-        settings = _settings(spec, scale)
+    points = [(name, settings) for name, spec in sweep.jobs.items() for settings in _settings(spec, model)]
+    for name, settings in tqdm(points, "judge", unit="point", file=sys.stderr, disable=not progress):
         row = known.get(_key(settings))
         if row is None:
-            samples = m.extract(network, m.open_images(out / "jobs" / name, scale))
+            samples = m.extract(network, m.open_images(out / "jobs" / name, float(settings["scale"])))
             figures = m.evaluate(samples, reference, sweep.metrics, bootstrap=sweep.bootstrap)
             row = settings | {"samples": str(len(samples))} | _figures(figures)
         rows.append(row)
@@ -145,22 +145,33 @@ def _name(spec: Spec) -> str:
     return "-".join(parts + ([f"rescale-{spec.rescale:g}"] if spec.rescale else []))
 
 
-def _settings(spec: Spec, scale: float) -> Row:
-    model = load(spec.checkpoint)
-    plan = make_plan(model.schedule, steps=spec.steps, solver=spec.solver, spacing=spec.spacing, predicts=model.predicts,
-                     guidance=Guidance(interval=spec.interval))  # fmt: skip
-    guided = int(plan.guided.sum()) if scale != 1 else 0
-    interval = spec.interval
-    return {
-        "solver": spec.solver,
-        "steps": str(spec.steps),
-        "interval": ""
-        if interval is None
-        else f"{'sigma:' if interval.unit == 'sigma' else ''}{interval.lo:g}:{interval.hi:g}",
-        "rescale": f"{spec.rescale:g}",
-        "scale": f"{scale:g}",
-        "rows_a_sample": str(spec.steps + guided),
-    }
+def _check(sweep: Sweep, model: Denoiser, network: m.FeatureNetwork, reference: m.Reference) -> None:
+    """Raises Error, before anything is sampled, where the samples could not be judged as asked."""
+    C, H, W = model.shape
+    for spec in sweep.jobs.values():
+        spec.check_model(model)
+        n = spec.samples // len(spec.scales)
+        black = m.from_arrays(np.broadcast_to(np.zeros((1, H, W, C), np.uint8), (n, H, W, C)), np.zeros(n, np.int64))
+        m.check(m.preview(network, black), reference, sweep.metrics, sweep.bootstrap)
+
+
+def _settings(spec: Spec, model: Denoiser) -> Iterator[Row]:
+    """The settings of each of a job's points."""
+    plan = make_plan(
+        model.schedule, steps=spec.steps, solver=spec.solver, spacing=spec.spacing, predicts=model.predicts,
+        guidance=Guidance(interval=spec.interval),
+    )  # fmt: skip
+    at = spec.interval
+    for scale in spec.scales:
+        guided = int(plan.guided.sum()) if scale != 1 else 0
+        yield {
+            "solver": spec.solver,
+            "steps": str(spec.steps),
+            "interval": "" if at is None else f"{'sigma:' if at.unit == 'sigma' else ''}{at.lo:g}:{at.hi:g}",
+            "rescale": f"{spec.rescale:g}",
+            "scale": f"{scale:g}",
+            "rows_a_sample": str(spec.steps + guided),
+        }
 
 
 def _figures(figures: Sequence[m.Figure]) -> Row:
@@ -186,8 +197,7 @@ def _freeze(path: Path, out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise Error(f"{out} holds other things: want a new or an empty folder for --out")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as temporary:
-        temporary.write_text(text)
+    write_file(kept, lambda temporary: temporary.write_text(text))
 
 
 def _read(table: Path) -> list[Row]:
@@ -202,5 +212,4 @@ def _write(table: Path, rows: list[Row]) -> None:
     writer = csv.DictWriter(buffer, list(dict.fromkeys(itertools.chain(*rows))), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with replacing(table) as temporary:
-        temporary.write_text(buffer.getvalue())
+    write_file(table, lambda temporary: temporary.write_text(buffer.getvalue()))

@@ -54,7 +54,7 @@ def test_assets_are_shipped_and_small(asset: str) -> None:
 @pytest.mark.parametrize(
     ("module", "call", "extra"),
     [
-        ("matplotlib", "from fastcfg.plots import _pyplot; _pyplot()", "plot"),
+        ("matplotlib", "from fastcfg.plots import pyplot; pyplot()", "plot"),
         ("scipy", "from fastcfg.metrics.frechet import frechet_distance as f; f([[0.0]] * 2, [[0.0]] * 2)", "metrics"),
         ("diffusers", "import torch; from fastcfg.images import decode; decode(torch.zeros(1, 4, 2, 2), '.')", "diffusers"),
     ],

@@ -114,6 +114,13 @@ def test_a_wrong_spec_is_refused_before_anything_is_written(old, new, message, s
     assert not (tmp_path / "out").exists()
 
 
+def test_what_could_not_be_judged_is_refused_before_it_is_sampled(spec, tmp_path):
+    spec.write_text(spec.read_text().replace("count = 20", "count = 5").replace('"class_accuracy"]', '"density"]'))
+    with pytest.raises(Error, match="density needs at least 6 samples on either side, got 5"):
+        run_sweep(spec, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_sweep_in_the_folder_is_refused(spec, tmp_path):
     run_sweep(spec, tmp_path / "out", progress=False)
     spec.write_text(spec.read_text().replace("[1.0, 3.0]", "[1.0, 4.0]"))

@@ -24,6 +24,7 @@ def command(spec: Path, out: Path, devices: str | None, workers: int | None, ray
     \b
     fastcfg sweep sweep.toml --out runs/sweep
     """
+    plots.pyplot()  # before the work, which may take hours
     rows = run_sweep(spec, out, devices=devices, workers=workers, ray=ray)
     plots.plot_tradeoff(rows, out / "sweep.png")
     click.echo(f"{len(rows)} points in {out / 'sweep.csv'}")

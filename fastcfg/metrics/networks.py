@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.files import read_safetensors
+from fastcfg.files import read_pickle, read_safetensors
 from fastcfg.metrics.fashion_cnn import fashion_cnn_bytes, load_fashion_cnn
 from fastcfg.metrics.inception import build_inception
 
@@ -108,12 +107,7 @@ def _torchscript(path: Path, device: torch.device) -> FeatureNetwork:
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets foreign bytes with exceptions of any kind
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants {code[1]}" if code else type(error).__name__
-        raise Error(f"{path} is not a state dict of tensors alone, and code in a file is not run ({reason})") from error
+    content = read_pickle(path)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise Error(f"{path} holds no state dict of tensors")
     return content

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from crashing import Start, forking
+from making import make_job
 
 import fastcfg
 from fastcfg.jobs import Spec
@@ -39,6 +40,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     fastcfg.save(describe_dit(model), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The complete job of the module's own fixture `spec`."""
+    out = tmp_path_factory.mktemp("a job") / "out"
+    make_job(spec, out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,6 @@ def spec(tiny_checkpoint: Path) -> Spec:
 
 
 @pytest.fixture(scope="module")
-def folder(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("a job") / "out"
-    make_job(spec, out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def dataset(folder: Path) -> JobDataset:
     return open(folder)
 
