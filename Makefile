@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test lint bench quality crash clean
+.PHONY: sample test lint bench bench-compare tradeoff quality crash clean
 
 sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
 	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
@@ -21,6 +21,12 @@ lint: $(INSTALLED)  ## Formatting, lint and types.
 bench: $(INSTALLED)  ## This CPU: fastcfg beside diffusers and OpenVINO (12 minutes on two idle cores), then each piece.
 	$(BIN)/python benchmarks/cpu_session.py
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+bench-compare: $(INSTALLED)  ## make bench-compare BASE=<revision>: the pieces' speed there and here.
+	$(BIN)/python benchmarks/compare.py $(BASE)
+
+tradeoff: $(INSTALLED)  ## The study of docs/tradeoff.md, reduced: 500 samples a point, half the scales; into runs/tradeoff.
+	$(BIN)/python benchmarks/tradeoff_study.py /usr/share/datasets/fashion-mnist --out runs/tradeoff --samples 500 --reduced
 
 quality: $(INSTALLED)  ## The quality table of the README: 2,000 samples a scale of the shipped model (about 20 minutes on two cores).
 	$(BIN)/python benchmarks/quality.py /usr/share/datasets/fashion-mnist

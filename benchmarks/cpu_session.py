@@ -10,6 +10,7 @@ each figure is taken. Peers that are not installed are left out, and said to be.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 from pathlib import Path
@@ -20,10 +21,12 @@ from cpu.contenders import absent
 from cpu.rates import matrix_products
 from cpu.report import Report, this_machine
 from cpu.sections import loops, overhead
-from cpu.show import plot, pyplot, tables
+from cpu.show import tables
 from cpu.timing import Rounds
+from plot import draw
 
 from fastcfg.errors import Error
+from fastcfg.plots import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,11 +40,12 @@ def main() -> int:
     torch.set_num_threads(cores)
     path = arguments.out / ("cpu-dry-run.csv" if arguments.dry_run else "cpu.csv")
     try:
-        plt, report = pyplot(), Report(path, this_machine(cores))
+        pyplot()  # before the work
+        report = Report(path, this_machine(cores))
         path.parent.mkdir(parents=True, exist_ok=True)
         _session(report, cores, arguments.dry_run)
         print(tables(report))
-        plot(plt, report, path.with_suffix(".png"))
+        draw(list(csv.DictReader(path.read_text().splitlines())), path.with_suffix(".png"), ["loop"])
     except Error as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1

@@ -1,12 +1,13 @@
 """What a batch job costs over the bare sampler, and diffusers' loop beside it: the same model, labels and noise, in one run.
 
     python benchmarks/job_throughput.py                                # 10,000 samples; nothing else should run
-    python benchmarks/job_throughput.py --samples 100 --block 20 --diffusers 20 --out /tmp/x.csv
+    python benchmarks/job_throughput.py --samples 100 --block 20 --out /tmp/x.csv
 
-Samples of the shipped model, 25 DDIM steps, s = 2. Blocks take turns: the job computes one, in its worker process, up to its
-files on disk; a Sampler in this process computes the same one in memory; and diffusers' pipeline loop, with the same weights,
-the first few. A pause of one leaves the other alone with the machine. Prints images/s of each, the job's over the sampler's,
-and the worker's resident memory in the first and the last thousand samples; writes benchmarks/results/job_throughput.csv.
+Samples of the shipped model, 25 DDIM steps, s = 2. All take turns: the job computes a block, in its worker process, up to its
+files on disk; a Sampler in this process computes the block's first unit again in memory; and diffusers' pipeline loop, with the
+same weights, does so in the first few blocks. A pause of one leaves the others alone with the machine. Prints the median over
+blocks of each one's images/s and of the job's over the Sampler's, and the worker's resident memory in the first and the last
+thousand samples; writes benchmarks/results/job_throughput.csv.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from fastcfg.noise import INITIAL_STEP, normal
 
 STEPS, SCALE = 25, 2.0
 THOUSAND = 1000
-UNITS = 4  # in a block
+UNITS = 4  # in a block; the first is the others' as well
 
 
 @dataclass
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--block", type=int, default=1000, help=f"samples in a block of {UNITS} units")
-    parser.add_argument("--diffusers", type=int, default=2000, help="samples of diffusers' loop; 0 leaves it out")
+    parser.add_argument("--diffusers", type=int, default=3, help="blocks with diffusers' loop; 0 leaves it out")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--dtype", default="auto", help="of all; auto is the faster for fastcfg on this machine")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "job_throughput.csv")
@@ -98,13 +99,13 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
     sampler = job.make_sampler("cpu")
     theirs = DiffusersLoop(model, job.spec) if options.diffusers else None
     _warm_up(sampler, theirs, job)
-    seconds, memory = _take_turns(job, sampler, theirs, options)
+    rates, memory = _take_turns(job, sampler, theirs, options)
     shape, dtype = f"fashion-mnist, {STEPS} steps, s = {SCALE:g}, batch {options.batch}", job.spec.dtype
     report.row("job", "load average of the machine at the start", load, "tasks", shape=shape)
-    rates = {name: n / spent for name, (n, spent) in seconds.items() if n}
-    for name, rate in rates.items():
-        report.row("job", f"{name}, {seconds[name][0]} samples", rate, "images/s", shape=shape, dtype=dtype)
-    report.row("job", "job over Sampler", rates["job"] / rates["Sampler"], "", shape=shape, dtype=dtype)
+    for name, found in rates.items():
+        report.row("job", f"{name}, median of {len(found)} blocks", median(found), "images/s", shape=shape, dtype=dtype)
+    ratios = [ours / bare for ours, bare in zip(rates["job"], rates["Sampler"], strict=True)]
+    report.row("job", "job over Sampler", median(ratios), "", shape=shape, dtype=dtype)
     first = mean(rss for done, rss in memory if done <= THOUSAND)
     last = mean(rss for done, rss in memory if done > options.samples - THOUSAND)
     report.row("job", "worker's memory, first thousand", first / 2**20, "MiB", shape=shape, dtype=dtype)
@@ -113,9 +114,9 @@ def _measure(report: Report, folder: Path, options: argparse.Namespace) -> None:
 
 def _take_turns(
     job: Job, sampler: fastcfg.Sampler, theirs: DiffusersLoop | None, options: argparse.Namespace
-) -> tuple[dict[str, tuple[int, float]], list[tuple[int, int]]]:
-    """({who: (samples, seconds)}, [(samples done, the worker's bytes)]), block by block."""
-    spent = {"job": (0, 0.0), "Sampler": (0, 0.0), "diffusers": (0, 0.0)}
+) -> tuple[dict[str, list[float]], list[tuple[int, int]]]:
+    """({who: images/s of each block}, [(samples done, the worker's bytes)])."""
+    rates: dict[str, list[float]] = {name: [] for name in ("job", "Sampler", *(["diffusers"] if theirs else []))}
     memory: list[tuple[int, int]] = []
     blocks = Blocks(list(all_units(job.spec)))
     block, begin = blocks.give(1), 0.0  # the worker starts in the first, which does not count
@@ -132,25 +133,20 @@ def _take_turns(
             if waiting:
                 continue
             if begin:
-                _add(spent, "job", sum(unit.size for unit in block), time.perf_counter() - begin)
-                for unit in block:
-                    _time(spent, "Sampler", unit, lambda unit: compute(sampler, job.spec, unit))
-                    if theirs is not None and spent["diffusers"][0] < options.diffusers:
-                        _time(spent, "diffusers", unit, theirs.sample)
+                rates["job"].append(sum(unit.size for unit in block) / (time.perf_counter() - begin))
+                rates["Sampler"].append(_rate(lambda unit: compute(sampler, job.spec, unit), block[0]))
+                if theirs is not None and len(rates["diffusers"]) < options.diffusers:
+                    rates["diffusers"].append(_rate(theirs.sample, block[0]))
             print(f"{event.unit.stop} samples", file=sys.stderr)
             block, begin = blocks.give(UNITS), time.perf_counter()
             waiting = {unit.k for unit in block}
-    return spent, memory
+    return rates, memory
 
 
-def _time(spent: dict[str, tuple[int, float]], name: str, unit: Unit, call: Callable[[Unit], object]) -> None:
+def _rate(call: Callable[[Unit], object], unit: Unit) -> float:
     begin = time.perf_counter()
     call(unit)
-    _add(spent, name, unit.size, time.perf_counter() - begin)
-
-
-def _add(spent: dict[str, tuple[int, float]], name: str, samples: int, seconds: float) -> None:
-    spent[name] = spent[name][0] + samples, spent[name][1] + seconds
+    return unit.size / (time.perf_counter() - begin)
 
 
 class DiffusersLoop:

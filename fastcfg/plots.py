@@ -164,6 +164,7 @@ def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = ""
 
 def _setting(row: Mapping[str, str]) -> str:
     parts = [f"{row['solver']} {row['steps']}"]
+    parts += [f"classifier on {row['classifier']}"] if row["classifier"] else []
     parts += [f"guided at {row['interval']}"] if row["interval"] else []
     return ", ".join(parts + ([f"rescale {row['rescale']}"] if float(row["rescale"]) else []))
 

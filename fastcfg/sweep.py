@@ -25,15 +25,14 @@ from fastcfg import metrics as m
 from fastcfg.checkpoints import load
 from fastcfg.engines import find_device
 from fastcfg.errors import Error
+from fastcfg.explain import count_flops, count_gradient_flops
 from fastcfg.files import write_file
-from fastcfg.guidance import Guidance
 from fastcfg.jobs import Spec, run
 from fastcfg.jobs.spec import read_table
 from fastcfg.models.denoiser import Denoiser
-from fastcfg.plan import make_plan
 
 GRID = ("solver", "steps", "interval", "rescale")  # what a sweep varies besides the scale
-POINT = (*GRID, "scale")
+POINT = ("classifier", *GRID, "scale")
 EVAL = ("reference", "features", "metrics", "bootstrap")
 
 Row = dict[str, str]
@@ -93,7 +92,8 @@ def run_sweep(
     """Samples and judges what is missing of the sweep at `path` in the local folder `out`; every row of its sweep.csv.
 
     devices, workers, ray: as `fastcfg.jobs.run` takes them. Each row is a point: its settings, samples, rows_a_sample (model
-    rows: 2 a guided step, 1 another) and, of each metric, the figure and its 95 % interval. A killed sweep is gone on with by
+    rows: 2 a guided step, 1 another), gradients_a_sample (of the classifier), gflop_a_sample (of both, as counted by
+    `fastcfg explain`) and, of each metric, the figure and its 95 % interval. A killed sweep is gone on with by
     the same call, and comes to the same rows.
     """
     path, out = Path(path), Path(out)
@@ -115,7 +115,7 @@ def run_sweep(
         if row is None:
             samples = m.extract(network, m.open_images(out / "jobs" / name, float(settings["scale"])))
             figures = m.evaluate(samples, reference, sweep.metrics, bootstrap=sweep.bootstrap)
-            row = settings | {"samples": str(len(samples))} | _figures(figures)
+            row = settings | {"samples": str(len(samples))} | figure_cells(figures)
         rows.append(row)
         _write(table, rows)
     return rows
@@ -157,24 +157,31 @@ def _check(sweep: Sweep, model: Denoiser, network: m.FeatureNetwork, reference: 
 
 def _settings(spec: Spec, model: Denoiser) -> Iterator[Row]:
     """The settings of each of a job's points."""
-    plan = make_plan(
-        model.schedule, steps=spec.steps, solver=spec.solver, spacing=spec.spacing, predicts=model.predicts,
-        guidance=Guidance(interval=spec.interval),
-    )  # fmt: skip
-    at = spec.interval
+    plan = spec.make_plan(model)
+    at, by_classifier = spec.interval, spec.classifier_guidance()
+    flops, gradient_flops = count_flops(model), 0
+    rows_on, gradients_on = spec.steps + int(plan.guided.sum()), 0
+    if by_classifier is not None and plan.gradient is not None:
+        gradient_flops = count_gradient_flops(by_classifier.classifier, model)
+        rows_on, gradients_on = spec.steps, int((plan.guided & (plan.gradient != 0)).sum())
+    off = 1 if by_classifier is None else 0
     for scale in spec.scales:
-        guided = int(plan.guided.sum()) if scale != 1 else 0
+        rows, gradients = (spec.steps, 0) if scale == off else (rows_on, gradients_on)
         yield {
+            "classifier": spec.classifier_base or "",
             "solver": spec.solver,
             "steps": str(spec.steps),
             "interval": "" if at is None else f"{'sigma:' if at.unit == 'sigma' else ''}{at.lo:g}:{at.hi:g}",
             "rescale": f"{spec.rescale:g}",
             "scale": f"{scale:g}",
-            "rows_a_sample": str(spec.steps + guided),
+            "rows_a_sample": str(rows),
+            "gradients_a_sample": str(gradients),
+            "gflop_a_sample": f"{(rows * flops + gradients * gradient_flops) / 1e9:.6g}",
         }
 
 
-def _figures(figures: Sequence[m.Figure]) -> Row:
+def figure_cells(figures: Sequence[m.Figure]) -> Row:
+    """The cells of a table for these figures: each, and the ends of its 95 % interval as NAME_low and NAME_high."""
     cells: Row = {}
     for figure in figures:
         low, high = figure.estimate.interval

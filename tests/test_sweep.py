@@ -33,45 +33,70 @@ bootstrap = 2
 """
 
 
-@pytest.fixture
-def spec(tmp_path):
+def write_spec(folder):
     images = np.random.default_rng(0).integers(0, 256, (60, 28, 28, 1), np.uint8)
-    np.savez(tmp_path / "reference.npz", arr_0=images)
-    path = tmp_path / "sweep.toml"
-    path.write_text(SPEC.format(count=COUNT, reference=tmp_path / "reference.npz"))
+    np.savez(folder / "reference.npz", arr_0=images)
+    path = folder / "sweep.toml"
+    path.write_text(SPEC.format(count=COUNT, reference=folder / "reference.npz"))
     return path
 
 
-def test_every_point_is_a_row_with_the_figures_of_its_own_samples(spec, tmp_path):
-    rows = run_sweep(spec, tmp_path / "out", progress=False)
+@pytest.fixture
+def spec(tmp_path):
+    return write_spec(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder of the sweep, its rows), of one run from beginning to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder / "out", run_sweep(write_spec(folder), folder / "out", progress=False)
+
+
+def test_every_point_is_a_row_with_the_figures_of_its_own_samples(whole):
+    out, rows = whole
     assert [(row["interval"], row["scale"]) for row in rows] == [("", "1"), ("", "3"), ("0:600", "1"), ("0:600", "3")]
     assert [row["rows_a_sample"] for row in rows] == ["2", "4", "2", "3"]  # t = 999 is outside the interval
-    with open(tmp_path / "out" / "sweep.csv", newline="") as file:
+    assert {(row["classifier"], row["gradients_a_sample"]) for row in rows} == {("", "0")}
+    with open(out / "sweep.csv", newline="") as file:
         assert list(csv.DictReader(file)) == rows
     # the last point, sampled and judged without a job
     sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=2, interval=(0, 600), batch=8)
     images = to_uint8(sampler(torch.arange(COUNT) % 10, 3.0, seeds=0))
     network = metrics.load_network("fashion-cnn")
     samples = metrics.extract(network, metrics.from_arrays(images, np.arange(COUNT) % 10))
-    reference = metrics.open_reference(tmp_path / "reference.npz", network)
+    reference = metrics.open_reference(out.parent / "reference.npz", network)
     for figure in metrics.evaluate(samples, reference, ["frechet_distance", "class_accuracy"], bootstrap=2):
         assert math.isclose(float(rows[-1][figure.name]), figure.estimate.value, rel_tol=1e-5)
 
 
-def test_all_points_start_from_the_same_noise(spec, tmp_path):
-    run_sweep(spec, tmp_path / "out", progress=False)
+def test_all_points_start_from_the_same_noise(whole):
+    out, _ = whole
     seen = set()
-    for name in Sweep.from_toml(spec).jobs:
-        samples = jobs.open(tmp_path / "out" / "jobs" / name)[:]
+    for name in Sweep.from_toml(out / "sweep.toml").jobs:
+        samples = jobs.open(out / "jobs" / name)[:]
         for scale in (1.0, 3.0):
             rows = samples.scale == scale
             seen.add((samples.seed[rows].tobytes(), samples.index[rows].tobytes(), samples.label[rows].tobytes()))
     assert len(seen) == 1
 
 
+def test_a_classifier_is_guidance_like_another(spec, tmp_path):
+    """Its scales are the sweep's, and its gradients are counted beside the model's rows."""
+    text = spec.read_text().replace("scales = [1.0, 3.0]", 'scales = [0.0, 3.0]\nclassifier = "fashion-mnist"')
+    spec.write_text(text.replace("interval = [false, [0, 600]]", "interval = [[0, 600]]"))
+    rows = run_sweep(spec, tmp_path / "out", progress=False)
+    counts = [(row["classifier"], row["scale"], row["rows_a_sample"], row["gradients_a_sample"]) for row in rows]
+    assert counts == [("null", "0", "2", "0"), ("null", "3", "2", "1")]  # t = 999 is outside the interval
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=2, interval=(0, 600), batch=1, classifier_guidance=(
+        fastcfg.ClassifierGuidance(fastcfg.load_classifier("fashion-mnist"))))  # fmt: skip
+    cost = sampler.explain()
+    assert float(rows[1]["gflop_a_sample"]) == pytest.approx((cost.flops + cost.classifier_flops) / 1e9, rel=1e-5)
+    assert float(rows[0]["gflop_a_sample"]) == pytest.approx(2 * cost.flops_per_row / 1e9, rel=1e-5)
+
+
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_sweep_that_ended_early_comes_to_the_same_table(after, spec, tmp_path, monkeypatch):
-    run_sweep(spec, tmp_path / "whole", progress=False)
+def test_a_sweep_that_ended_early_comes_to_the_same_table(after, spec, whole, tmp_path, monkeypatch):
     evaluate, calls = metrics.evaluate, []
 
     def counted(*arguments, **options):
@@ -88,7 +113,7 @@ def test_a_sweep_that_ended_early_comes_to_the_same_table(after, spec, tmp_path,
     monkeypatch.setattr(sweep.m, "evaluate", lambda *a, **o: judged.append(1) or evaluate(*a, **o))
     run_sweep(spec, tmp_path / "out", progress=False)
     assert len(judged) == 4 - after
-    assert (tmp_path / "out" / "sweep.csv").read_bytes() == (tmp_path / "whole" / "sweep.csv").read_bytes()
+    assert (tmp_path / "out" / "sweep.csv").read_bytes() == (whole[0] / "sweep.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -121,8 +146,7 @@ def test_what_could_not_be_judged_is_refused_before_it_is_sampled(spec, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_another_sweep_in_the_folder_is_refused(spec, tmp_path):
-    run_sweep(spec, tmp_path / "out", progress=False)
+def test_another_sweep_in_the_folder_is_refused(spec, whole):
     spec.write_text(spec.read_text().replace("[1.0, 3.0]", "[1.0, 4.0]"))
     with pytest.raises(Error, match="holds another sweep"):
-        run_sweep(spec, tmp_path / "out", progress=False)
+        run_sweep(spec, whole[0], progress=False)

@@ -83,6 +83,11 @@ class CpuOperations:
         out: Tensor | None = None,
     ) -> Tensor:
         D, rows = x.shape[-1], index.tolist()
+        if len(rows) > 1 and x.dtype == torch.float32:  # the same bits as one by one, in fewer calls
+            halves = -1, len(x), 1, D
+            shift, scale = (table[:, first : first + D][index].view(halves) for first in (shift_column, scale_column))
+            moved = torch.addcmul(shift, F.layer_norm(x, (D,), eps=eps), scale.add_(1))
+            return _into(out, moved.view(len(rows), -1, D))
         # One sample's modulation is what torch's LayerNorm calls its weight and bias: a single pass
         normed = [
             F.layer_norm(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 
 from fastcfg.checkpoints import SHIPPED, load
-from fastcfg.engines import DTYPES
+from fastcfg.engines import DTYPES, Engine
 from fastcfg.engines.choice import machine
 from fastcfg.errors import Error
 from fastcfg.jobs.spec import Spec, frozen
 from fastcfg.jobs.store import Store, open_store
+from fastcfg.models.denoiser import Denoiser
 from fastcfg.sampler import Sampler
 
 FORMAT = "fastcfg-job-1"
@@ -63,7 +65,7 @@ class Job:
         if torch.device(device).type != self.resolved.device:
             raise Error(f"the job was begun on {self.resolved.device!r}, where samples' bits differ from {device!r}'s")
         check_checkpoint(self.spec, self.checkpoint_sha256)
-        return Sampler(load(self.spec.checkpoint), device=device, **self.spec.sampler_options())
+        return _make_sampler(self.spec, load(self.spec.checkpoint), device)
 
 
 def resolve(spec: Spec, device: str) -> Resolved:
@@ -79,8 +81,18 @@ def resolve(spec: Spec, device: str) -> Resolved:
     spec.check_model(model)
     key = "dtype" if spec.engine == "auto" else "engine"
     engine = spec.checked(key, lambda: Sampler(model, device=device, **spec.sampler_options()).engine)
-    dtype = next(name for name, dtype in DTYPES.items() if dtype == engine.dtype)
-    return Resolved(dtype, engine.name, model.shape, torch.device(device).type, processor(device))
+    if spec.classifier is not None:
+        fixed = replace(spec, dtype=_dtype_name(engine), engine=engine.name)
+        spec.checked("classifier", lambda: _make_sampler(fixed, model, device))
+    return Resolved(_dtype_name(engine), engine.name, model.shape, torch.device(device).type, processor(device))
+
+
+def _make_sampler(spec: Spec, model: Denoiser, device: str) -> Sampler:
+    return Sampler(model, device=device, classifier_guidance=spec.classifier_guidance(), **spec.sampler_options())
+
+
+def _dtype_name(engine: Engine) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == engine.dtype)
 
 
 def processor(device: str) -> str:
@@ -90,10 +102,10 @@ def processor(device: str) -> str:
     return machine()
 
 
-def open_job(out: str | Path | Store, checkpoint: str | None = None) -> Job:
+def open_job(out: str | Path | Store, weights: Mapping[str, str] | None = None) -> Job:
     """The job at `out`. Raises Error where there is none, or where job.json is damaged.
 
-    checkpoint: where it is now, if it is no longer where it was when the job began.
+    weights: `Spec.weights` as they are now, if they are no longer where they were when the job began.
     """
     store = open_store(out) if isinstance(out, (str, Path)) else out
     try:
@@ -105,7 +117,7 @@ def open_job(out: str | Path | Store, checkpoint: str | None = None) -> Job:
         job = Job(store, spec, data["checkpoint_sha256"], resolved)
         if data["spec_sha256"] != spec.sha256 or len(job.resolved.shape) != 3:
             raise ValueError("its spec is not the one it names")
-        job = job if checkpoint is None else replace(job, spec=replace(spec, checkpoint=checkpoint))
+        job = replace(job, spec=spec.moved(weights or {}))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Error(f"no job at {store.url}: want a folder that `fastcfg job run` wrote to") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -144,12 +156,13 @@ def check_same(job: Job, spec: Spec) -> None:
 
 
 def check_checkpoint(spec: Spec, wanted: str) -> None:
-    """Raises Error unless the checkpoint at the spec's path has the SHA-256 `wanted`."""
+    """Raises Error unless the checkpoint (and classifier) at the spec's path has the SHA-256 `wanted`."""
     found = checkpoint_sha256(spec)
     if found != wanted:
         raise spec.refused(
             "checkpoint",
-            f"the job was begun with another checkpoint: SHA-256 {wanted[:16]}.. there, {found[:16]}.. in {spec.checkpoint}",
+            f"the job was begun with another {' or '.join(spec.weights)}: SHA-256 {wanted[:16]}.. there, {found[:16]}.. "
+            f"in {' and '.join(spec.weights.values())}",
         )
 
 
@@ -163,10 +176,21 @@ def check_vacant(store: Store) -> None:
 
 
 def checkpoint_sha256(spec: Spec) -> str:
-    """SHA-256 of the checkpoint's file; of a diffusers folder, that of a list of what is read from it, file by file."""
-    path = Path(spec.checkpoint)
-    if spec.checkpoint in SHIPPED:
-        path = Path(__file__).parents[1] / "assets" / f"{spec.checkpoint}.safetensors"
+    """SHA-256 of the checkpoint's file; of a diffusers folder that of a list of what is read from it, file by file, and of a
+    checkpoint with a classifier that of a list of the two.
+    """
+    digests = {key: _sha256(spec, key, name) for key, name in spec.weights.items()}
+    if len(digests) == 1:
+        return digests["checkpoint"]
+    return hashlib.sha256("".join(f"{digest}  {key}\n" for key, digest in digests.items()).encode()).hexdigest()
+
+
+def _sha256(spec: Spec, key: str, name: str) -> str:
+    """Of the checkpoint or the classifier."""
+    path = Path(name)
+    if name in SHIPPED:
+        file = f"{name}.safetensors" if key == "checkpoint" else f"{name}-{key}.safetensors"
+        path = Path(__file__).parents[1] / "assets" / file
     try:
         if not path.is_dir():
             return _file_sha256(path)
@@ -174,7 +198,7 @@ def checkpoint_sha256(spec: Spec) -> str:
         files = sorted(file for pattern in patterns for file in path.glob(pattern))
         listing = "".join(f"{_file_sha256(file)}  {file.relative_to(path)}\n" for file in files)
     except OSError as error:
-        raise spec.refused("checkpoint", f"cannot read the checkpoint {spec.checkpoint}: {error.strerror}") from error
+        raise spec.refused(key, f"cannot read the {key} {name}: {error.strerror}") from error
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

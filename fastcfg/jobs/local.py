@@ -116,7 +116,7 @@ class _Process:
         self._child = _start(theirs)
         theirs.close()
         threads = max(1, torch.get_num_threads() // share) if device == "cpu" else None
-        self._send((job.store, job.spec.checkpoint, device, threads))
+        self._send((job.store, job.spec.weights, device, threads))
 
     @property
     def free(self) -> bool:
@@ -204,7 +204,7 @@ def _start(theirs: Connection) -> subprocess.Popen[bytes]:
 def serve(descriptor: int) -> None:
     """A worker process: serves its parent at the other end of `descriptor` until told to stop, or the parent is gone."""
     connection: Connection[Any, Any] = Connection(descriptor)
-    store, checkpoint, device, threads = connection.recv()
+    store, weights, device, threads = connection.recv()
     inbox: queue.Queue[Unit] = queue.Queue()
     workers: list[Worker] = []
     turn, stopping = threading.Lock(), threading.Event()
@@ -229,7 +229,7 @@ def serve(descriptor: int) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        workers.append(Worker(open_job(store, checkpoint), device, send))
+        workers.append(Worker(open_job(store, weights), device, send))
     except Exception as error:  # an Error, or whatever a device raises
         send(_Broken(str(error) if isinstance(error, Error) else f"{type(error).__name__}: {error}"))
         return

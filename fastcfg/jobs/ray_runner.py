@@ -104,17 +104,17 @@ class Actor:
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Outcome | Sampled] = queue.SimpleQueue()
 
-    def start(self, store: Store, checkpoint: str, token: str | None, device: str) -> str:
+    def start(self, store: Store, weights: dict[str, str], token: str | None, device: str) -> str:
         """Makes the sampler; the processor it is on. Raises Error where this node cannot work for the job.
 
-        checkpoint: where it is now, on every node.
+        weights: where checkpoint and classifier are now, on every node.
         """
         if token is not None and token not in store.names():
             raise Error(
                 f"it does not see the job's folder {store.url}: want a folder that all nodes share, or an object store (s3://)"
             )
         self._store = store
-        self._worker = Worker(open_job(store, checkpoint), device, self._events.put)
+        self._worker = Worker(open_job(store, weights), device, self._events.put)
         return processor(device)
 
     def take(self, unit: Unit) -> None:
@@ -143,7 +143,7 @@ class _Hand:
         self.ray, self.place = ray, place
         self.actor = ray.remote(Actor).options(max_concurrency=3, **_options(place)).remote()
         self.since = time.monotonic()
-        self.starting: Any = self.actor.start.remote(job.store, job.spec.checkpoint, token, job.resolved.device)
+        self.starting: Any = self.actor.start.remote(job.store, job.spec.weights, token, job.resolved.device)
         self.processor: str | None = None
         self.taking: Any = None
         self.hearing: Any = None

@@ -114,7 +114,7 @@ def _begin(
     store: Store, spec: Spec, path: Path | None, devices: str | None, ray: str | None, workers: int | None
 ) -> tuple[Job, Runner]:
     """The job at `store`, frozen now if there is none, and the runner for it."""
-    job = open_job(store, spec.checkpoint) if "job.json" in store.names() else None
+    job = open_job(store, spec.weights) if "job.json" in store.names() else None
     if job is None:
         check_vacant(store)
     else:

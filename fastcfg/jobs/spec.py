@@ -17,10 +17,11 @@ from typing import Any
 from fastcfg.checkpoints import SHIPPED
 from fastcfg.engines import DTYPES, ENGINES
 from fastcfg.errors import Error
-from fastcfg.guidance import Guidance, Interval
+from fastcfg.guidance import BASES, ClassifierGuidance, Guidance, Interval
+from fastcfg.models.classifier import load_classifier
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.noise import as_seed
-from fastcfg.plan import make_plan
+from fastcfg.plan import Plan, make_plan
 from fastcfg.schedules import SPACINGS
 from fastcfg.solvers import CLIPS, SOLVERS
 
@@ -32,6 +33,7 @@ else:
 OUTPUTS = ("uint8", "latents")
 MOST_UNITS = 100_000
 AUTO = ("dtype", "engine")  # "auto" here is resolved once, when the job is frozen
+WEIGHTS = ("checkpoint", "classifier")  # known by their content: they may move while a job is under way
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Spec:
 
     checkpoint: a shipped name or a path. labels: "balanced" (0, 1, .., classes - 1, repeated up to `count`) or the labels
     themselves. scales: each label is sampled at each, from the same noise. steps, solver, spacing, eta, interval, rescale,
-    guidance_channels, clip, dtype, engine: as `fastcfg.Sampler` takes them; eta and clip None are the model's own. seed:
-    64 bits. unit_size: samples in a unit, which is what is computed, written and, after a crash, lost as a whole. batch:
-    rows computed at once. output: "uint8" pixels [n, H, W, C], or "latents", the samples as float32 [n, C, H, W].
+    guidance_channels, clip, dtype, engine: as `fastcfg.Sampler` takes them; eta and clip None are the model's own.
+    classifier, classifier_base: guidance by a classifier (a shipped name or a path), as `fastcfg.ClassifierGuidance` takes it;
+    `scales` are then the classifier's, from 0, and the classifier-free scale is 1. seed: 64 bits. unit_size: samples in a unit,
+    which is what is computed, written and, after a crash, lost as a whole. batch: rows computed at once. output: "uint8" pixels
+    [n, H, W, C], or "latents", the samples as float32 [n, C, H, W].
     places: where each key was written, for errors.
     """
 
@@ -57,6 +61,8 @@ class Spec:
     interval: Interval | None = None
     rescale: float = 0.0
     guidance_channels: int | None = None
+    classifier: str | None = None
+    classifier_base: str | None = None
     clip: bool | str | None = None
     dtype: str = "auto"
     engine: str = "auto"
@@ -69,6 +75,7 @@ class Spec:
     def __post_init__(self) -> None:
         for name, convert in _CONVERSIONS.items():
             object.__setattr__(self, name, self.checked(name, partial(convert, name, getattr(self, name))))
+        self._check_guidance()
         if self.labels == "balanced" and self.count is None:
             raise self.refused("labels", 'labels "balanced" needs count, the number of labels: count = 50000')
         if self.labels != "balanced" and self.count is not None:
@@ -81,6 +88,20 @@ class Spec:
                 f"want at most {MOST_UNITS}, so a larger unit_size"
             )  # fmt: skip
 
+    def _check_guidance(self) -> None:
+        """Raises Error where scales, or what acts on classifier-free guidance, do not go with the kind of guidance."""
+        if self.classifier is None:
+            if self.classifier_base is not None:
+                raise self.refused("classifier_base", "classifier_base goes with a classifier, and there is none: leave it out")
+            if min(self.scales) < 1:
+                raise self.refused("scales", f"scales: each must be at least 1, which is no guidance, got {min(self.scales):g}")
+            return
+        if self.classifier_base is None:
+            object.__setattr__(self, "classifier_base", BASES[0])
+        for key in ("rescale", "guidance_channels"):
+            if self.classifier_base == "null" and getattr(self, key):
+                raise self.refused(key, f"{key} is classifier-free guidance's, and base 'null' has none: leave it out")
+
     @property
     def samples(self) -> int:
         """Number of samples: labels times scales."""
@@ -92,8 +113,8 @@ class Spec:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of all that decides the samples, the checkpoint aside: that is known by its content, not its path."""
-        identity = {key: value for key, value in self.to_json().items() if key != "checkpoint"}
+        """SHA-256 of all that decides the samples, the weights aside: those are known by their content, not their path."""
+        identity = {key: value for key, value in self.to_json().items() if key not in WEIGHTS}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -125,10 +146,21 @@ class Spec:
             if not isinstance(name, str):
                 raise Error(f"{where}: labels_file must be text, got {name!r}")
             values["labels"], places["labels"] = _read_labels(folder / name, where), where
-        checkpoint = values["checkpoint"]
-        if isinstance(checkpoint, str) and checkpoint and checkpoint not in SHIPPED:
-            values["checkpoint"] = str((folder / checkpoint).absolute())
+        for key in WEIGHTS:
+            name = values.get(key)
+            if isinstance(name, str) and name and name not in SHIPPED:
+                values[key] = str((folder / name).absolute())
         return cls(**values, places=places)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Where its checkpoint and, if it has one, its classifier are: names of shipped ones, or paths."""
+        return {key: getattr(self, key) for key in WEIGHTS if getattr(self, key) is not None}
+
+    def moved(self, weights: Mapping[str, str]) -> Spec:
+        """The same spec with its own of `weights` where they are now."""
+        moved: dict[str, Any] = {key: path for key, path in weights.items() if key in self.weights}
+        return replace(self, **moved)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "places"}
@@ -141,7 +173,7 @@ class Spec:
 
     def differences(self, frozen: Spec) -> list[str]:
         """What `frozen`, the spec of a job that exists, has otherwise; "auto" here agrees with whatever was chosen there."""
-        names = [f.name for f in fields(self) if f.compare and f.name != "checkpoint"]
+        names = [f.name for f in fields(self) if f.compare and f.name not in WEIGHTS]
         differing = [n for n in names if getattr(self, n) != getattr(frozen, n)]
         return [
             _difference(name, getattr(frozen, name), getattr(self, name))
@@ -164,25 +196,33 @@ class Spec:
             raise self.refused("output", f'{self.checkpoint} makes latents, which are not pixels: want output = "latents"')
         if self.guidance_channels is not None and self.guidance_channels > C:
             raise self.refused("guidance_channels", f"guidance_channels {self.guidance_channels} asked, but samples have {C}")
-        if model.null_label is None and any(scale != 1 for scale in self.scales):
+        if model.null_label is None and self.classifier is None and any(scale != 1 for scale in self.scales):
             raise self.refused("scales", "the model has no null label (trained without label dropout): want scales = [1.0]")
-        self.checked(
-            "steps",
-            lambda: make_plan(
-                model.schedule,
-                steps=self.steps,
-                solver=self.solver,
-                spacing=self.spacing,
-                predicts=model.predicts,
-                eta=self.eta or 0.0,
-                guidance=Guidance(interval=self.interval),
-            ),
+        self.checked("steps", lambda: self.make_plan(model))
+
+    def make_plan(self, model: Denoiser) -> Plan:
+        """What `model` is asked step by step."""
+        return make_plan(
+            model.schedule,
+            steps=self.steps,
+            solver=self.solver,
+            spacing=self.spacing,
+            predicts=model.predicts,
+            eta=self.eta or 0.0,
+            guidance=Guidance(interval=self.interval),
+            by_classifier=self.classifier is not None,
         )
 
     def sampler_options(self) -> dict[str, Any]:
-        """The keywords of `fastcfg.Sampler` for this spec, the device aside."""
+        """The keywords of `fastcfg.Sampler` for this spec, the device and the classifier aside."""
         names = ("steps", "solver", "spacing", "eta", "clip", "interval", "rescale", "guidance_channels", "batch", *AUTO)
         return {name: getattr(self, name) for name in names}
+
+    def classifier_guidance(self) -> ClassifierGuidance | None:
+        """Its classifier, loaded; None without one. Raises Error where it cannot be."""
+        if self.classifier is None or self.classifier_base is None:
+            return None
+        return ClassifierGuidance(load_classifier(self.classifier), base=self.classifier_base)
 
     def refused(self, key: str, message: str) -> Error:
         """The error for `key`, with the place it was written at."""
@@ -319,7 +359,7 @@ def _labels(name: str, value: Any) -> str | tuple[int, ...]:
 
 
 def _scales(name: str, value: Any) -> tuple[float, ...]:
-    scales = _several(name, value, _number(1.0, 1e9))  # s = 1 is no guidance; the paper's w is s - 1
+    scales = _several(name, value, _number(0.0, 1e9))
     if len(set(scales)) != len(scales):
         raise Error(f"{name}: each once, got {list(scales)}")
     return scales
@@ -351,6 +391,8 @@ _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "interval": _interval,
     "rescale": _number(0, 1),
     "guidance_channels": _optional(_whole(1)),
+    "classifier": _optional(_text),
+    "classifier_base": _optional(_one_of(*BASES)),
     "clip": _optional(_one_of(*CLIPS)),
     "dtype": _one_of("auto", *DTYPES),
     "engine": _one_of("auto", *ENGINES),

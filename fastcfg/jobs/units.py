@@ -69,7 +69,9 @@ def compute(sampler: Sampler, spec: Spec, unit: Unit, on_batch: Callable[[int], 
     labels = index % classes if spec.labels == "balanced" else np.asarray(spec.labels, np.int64)[index]
     scales = np.asarray(spec.scales, np.float32)[which]
     seeds = np.full(unit.size, spec.seed, np.int64)
-    x = sampler(torch.from_numpy(labels), torch.from_numpy(scales), seeds.tolist(), indices=index.tolist(), on_batch=on_batch)
+    kind = "scale" if spec.classifier is None else "classifier_scale"
+    given = {kind: torch.from_numpy(scales), "seeds": seeds.tolist(), "indices": index.tolist()}
+    x = sampler(torch.from_numpy(labels), **given, on_batch=on_batch)  # type: ignore[arg-type]
     images = to_uint8(x) if spec.output == "uint8" else x.cpu().numpy()
     return {"labels": labels, "seeds": seeds, "indices": index, "scales": scales, "images": images}
 

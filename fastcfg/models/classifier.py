@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastcfg.files import read_safetensors, write_safetensors
 from fastcfg.models.dit import TimestepEmbedder
 from fastcfg.schedules import Schedule, schedule_from_json
 
+SHIPPED = ("fashion-mnist",)
 FORMAT = "fastcfg-classifier-1"
 GROUPS = 8  # of a GroupNorm
 
@@ -96,12 +98,17 @@ def save_classifier(classifier: Classifier, path: str | Path, training: Mapping[
     write_safetensors(Path(path), classifier.state_dict(), metadata)
 
 
-def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-    """A classifier that `fastcfg train-classifier` wrote, ready for `ClassifierGuidance`, in eval mode.
+def load_classifier(name: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """A classifier ready for `ClassifierGuidance`, in eval mode.
 
+    name: that of the shipped model it guides (`SHIPPED`), or the path of a file that `fastcfg train-classifier` wrote.
     Raises Error for a file of another kind, one cut short, and weights that do not fit its config.
     """
-    tensors, metadata = read_safetensors(Path(path))
+    if str(name) in SHIPPED:
+        with as_file(files("fastcfg").joinpath(f"assets/{name}-classifier.safetensors")) as path:
+            return load_classifier(path, device)
+    path = Path(name)
+    tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         raise Error(f"{path} is a safetensors file of another kind: want a classifier that fastcfg wrote (format {FORMAT})")
     try:

@@ -202,6 +202,10 @@ def test_identity_is_what_decides_the_samples(tiny_spec: Spec) -> None:
     assert len({spec.sha256 for spec in others.values()} | {tiny_spec.sha256}) == len(changes) + 1
     for name, spec in others.items():
         assert [line.split(":")[0] for line in spec.differences(replace(tiny_spec, eta=None))] == [name]
+    guided = replace(tiny_spec, classifier="a.safetensors")
+    assert guided.sha256 == replace(guided, classifier="elsewhere").sha256 != tiny_spec.sha256
+    assert guided.sha256 != replace(guided, classifier_base="conditional").sha256
+    assert guided.differences(tiny_spec) == ["classifier_base: None there, 'null' here"]
 
 
 def test_auto_agrees_with_what_was_chosen(tiny_spec: Spec) -> None:

@@ -1,0 +1,139 @@
+"""What the study's table says: tables as docs/tradeoff.md has them, findings with their numbers, plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tradeoff import arms
+
+from fastcfg.errors import Error
+from fastcfg.files import write_file
+from fastcfg.metrics import CONFIDENCE
+from fastcfg.plots import plot_tradeoff
+
+REAL = "real images"
+SHOWN = ("frechet_distance", "inception_score", "class_accuracy", "precision", "recall", "density", "coverage")
+FD = "frechet_distance"
+
+Row = dict[str, str]
+
+
+def read(table: Path) -> list[Row]:
+    """The rows of a table, none where there is no table yet."""
+    if not table.exists():
+        return []
+    return list(csv.DictReader(io.StringIO(table.read_text())))
+
+
+def write(table: Path, rows: Sequence[Row]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(table, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def text(rows: Sequence[Row]) -> str:
+    """Tables and findings, in markdown."""
+    names = [name for name in (arm.name for arm in (*arms.KINDS, *arms.SMALL)) if _of(rows, name)]
+    if not names:
+        raise Error("the table has no arm yet: run the study first")
+    return "\n\n".join([_table(rows, names), "\n".join(f"- {line}" for line in findings(rows))])
+
+
+def draw(rows: Sequence[Row], into: Path) -> None:
+    """tradeoff-guidance.png and tradeoff-dropout.png."""
+    groups = {"guidance": (arms.KINDS, "the shipped model"), "dropout": (arms.SMALL, "small models, by label dropout")}
+    for name, (members, title) in groups.items():
+        lines = [{**row, "setting": arm.name} for arm in members for row in line(rows, arm)]
+        if lines:
+            title = f"Fashion-MNIST, {title}: {lines[0]['steps']} steps, {lines[0]['samples']} samples a point"
+            plot_tradeoff(lines, into / f"tradeoff-{name}.png", title)
+
+
+def line(rows: Sequence[Row], arm: arms.Arm) -> list[Row]:
+    """An arm's points by scale, with CFG's unguided one in its place where that is the arm's own."""
+    own = _of(rows, arm.name)
+    start = [row | {"scale": f"{1 - arm.less:g}"} for row in _of(rows, "CFG") if float(row["scale"]) == 1]
+    return [*(start if arm.from_cfg and own else []), *own]
+
+
+def findings(rows: Sequence[Row]) -> Iterator[str]:
+    """What the paper and the issue of an interval claim, and what the figures say."""
+    cfg = _of(rows, "CFG")
+    if cfg:
+        yield from _of_one_network(cfg)
+        for arm in arms.KINDS[1:]:
+            own = line(rows, arm)
+            if own:
+                yield _beside(arm.name, _best(own), _best(cfg))
+    small = {arm.name: own for arm in arms.SMALL if (own := _of(rows, arm.name))}
+    for name, own in small.items():
+        best = _best(own)
+        yield f"{name}: best Frechet distance {_shown(best, FD)} at s = {best['scale']}, {_shown(own[0], FD)} at s = 1"
+
+
+def _of_one_network(cfg: Sequence[Row]) -> Iterator[str]:
+    first, best, last = cfg[0], _best(cfg), cfg[-1]
+    if best is first:
+        yield f"CFG: no scale has a smaller Frechet distance than s = 1 ({_shown(first, FD)})"
+    else:
+        yield (
+            f"CFG: best Frechet distance {_shown(best, FD)} at s = {best['scale']}, against {_shown(first, FD)} at s = 1: "
+            f"smaller by {_sure(best, first, FD)}"
+        )
+    for name, up in (("inception_score", True), ("class_accuracy", True), ("precision", True), ("recall", False)):
+        words = name.replace("_", " ")
+        values = [float(row[name]) for row in cfg]
+        peak = (max if up else min)(range(len(cfg)), key=lambda i: values[i])
+        way = "rises" if up else "falls"
+        to = "to the last scale" if peak == len(cfg) - 1 else f"up to s = {cfg[peak]['scale']}"
+        yield f"CFG: {words} {way} {to}: {_shown(first, name)} at s = 1, {_shown(last, name)} at s = {last['scale']}"
+
+
+def _beside(name: str, own: Row, cfg: Row) -> str:
+    ratio = float(own["gflop_a_sample"]) / float(cfg["gflop_a_sample"])
+    return (
+        f"{name}: best Frechet distance {_shown(own, FD)} at scale {own['scale']}, {_sure(own, cfg, FD)} "
+        f"{'below' if float(own[FD]) < float(cfg[FD]) else 'above'} CFG's best, for {ratio:.0%} of its FLOPs; "
+        f"class accuracy {_shown(own, 'class_accuracy')}, recall {_shown(own, 'recall')} "
+        f"(CFG there: {_shown(cfg, 'class_accuracy')}, {_shown(cfg, 'recall')})"
+    )
+
+
+def _sure(a: Row, b: Row, name: str) -> str:
+    """How far two figures are apart, in their joint standard errors: an upper bound of the error, as they share their noise."""
+    apart, error = abs(float(a[name]) - float(b[name])), math.hypot(_error(a, name), _error(b, name))
+    return f"{apart:.3g} ({apart / error:.1f} standard errors)" if error else f"{apart:.3g}"
+
+
+def _error(row: Row, name: str) -> float:
+    return (float(row[f"{name}_high"]) - float(row[f"{name}_low"])) / 2 / CONFIDENCE
+
+
+def _table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    lines = [
+        f"| guidance | scale | GFLOP a sample | {' | '.join(name.replace('_', ' ') for name in SHOWN)} |",
+        f"|{'---|' * (3 + len(SHOWN))}",
+    ]
+    for row in [row for name in (REAL, *names) for row in _of(rows, name)]:
+        cells = [row["setting"], row["scale"], row["gflop_a_sample"], *(_shown(row, name) for name in SHOWN)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shown(row: Row, name: str) -> str:
+    return f"{float(row[name]):.4g} ± {CONFIDENCE * _error(row, name):.2g}"
+
+
+def _of(rows: Sequence[Row], setting: str) -> list[Row]:
+    return sorted((row for row in rows if row["setting"] == setting), key=lambda row: float(row["scale"] or 0))
+
+
+def _best(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: float(row[FD]))

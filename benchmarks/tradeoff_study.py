@@ -1,0 +1,82 @@
+"""The paper's trade-off on Fashion-MNIST: guidance without and with a classifier, and label dropout. See docs/tradeoff.md.
+
+    python benchmarks/tradeoff_study.py /usr/share/datasets/fashion-mnist --out runs/tradeoff
+    python benchmarks/tradeoff_study.py /usr/share/datasets/fashion-mnist --out runs/small --samples 500 --reduced
+    python benchmarks/tradeoff_study.py --show                                                # from the table, without sampling
+
+Samples and judges each arm (benchmarks/tradeoff/arms.py) as `fastcfg sweep` does, in a folder of --out; the same command goes
+on after an interruption. Writes the rows of all arms to benchmarks/results/tradeoff.csv, prints what docs/tradeoff.md quotes,
+and draws its plots. With --reduced: half the scales, and the table and the plots go to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tradeoff import arms, report
+
+from fastcfg import metrics, plots
+from fastcfg.engines.choice import machine
+from fastcfg.errors import Error
+from fastcfg.sweep import figure_cells, run_sweep
+
+ROOT = Path(__file__).parents[1]
+TABLE, PLOTS = ROOT / "benchmarks" / "results" / "tradeoff.csv", ROOT / "docs"
+ALL = (*arms.KINDS, *arms.SMALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="folder with the IDX files of Fashion-MNIST")
+    parser.add_argument("--out", type=Path, help="folder of the sweeps; an existing one is gone on with")
+    parser.add_argument("--samples", type=int, default=2500, help="a point")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ALL], help="these alone; the table keeps the others")
+    parser.add_argument("--reduced", action="store_true")
+    parser.add_argument("--show", action="store_true")
+    options = parser.parse_args()
+    if options.show == bool(options.data and options.out):
+        parser.error("want DATA and --out, or --show")
+    into = options.out if options.reduced else PLOTS
+    table = options.out / "tradeoff.csv" if options.reduced else TABLE
+    try:
+        plots.pyplot()  # before the work, which takes an hour
+        if not options.show:
+            run(options, table)
+        rows = report.read(table)
+        print(report.text(rows))
+        report.draw(rows, into)
+    except Error as error:
+        sys.exit(f"error: {error}")
+
+
+def run(options: argparse.Namespace, table: Path) -> None:
+    scales = arms.REDUCED if options.reduced else arms.SCALES
+    options.out.mkdir(parents=True, exist_ok=True)
+    known = {arm: [row for row in report.read(table) if row["setting"] == arm] for arm in (report.REAL, *(a.name for a in ALL))}
+    if not known[report.REAL]:
+        known[report.REAL] = [real_images(options.data, options.samples)]
+    for arm in ALL:
+        if options.arms and arm.name not in options.arms:
+            continue
+        print(arm.name, file=sys.stderr)
+        name = arm.name.replace(",", "").replace(" ", "-")
+        spec = options.out / f"{name}.toml"
+        spec.write_text(arm.toml(options.samples, scales, options.data))
+        known[arm.name] = [{"setting": arm.name, **row, "cpu": machine()} for row in run_sweep(spec, options.out / name)]
+        report.write(table, [row for rows in known.values() for row in rows])
+
+
+def real_images(data: str, count: int) -> dict[str, str]:
+    """What as many real training images come to: the row of samples as good as data."""
+    network = metrics.load_network("fashion-cnn")
+    train = metrics.open_images(f"{data}:train")
+    assert train.labels is not None
+    samples = metrics.extract(network, metrics.from_arrays(next(train.read(count)), train.labels[:count]))
+    figures = metrics.evaluate(samples, metrics.open_reference(f"{data}:test", network))
+    return {"setting": report.REAL, "samples": str(count), **figure_cells(figures)}
+
+
+if __name__ == "__main__":
+    main()
