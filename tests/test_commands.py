@@ -53,6 +53,20 @@ def test_scales_share_the_noise_of_their_label(tmp_path: Path) -> None:
     assert torch.equal(tensors["samples"], sampler([3, 3, 7, 7], [1, 4, 1, 4], 5, indices=[0, 0, 1, 1]))
 
 
+def test_a_classifiers_scale_is_the_scale(tmp_path: Path) -> None:
+    out, guided = tmp_path / "x.safetensors", ("--classifier", "fashion-mnist", "--classifier-base", "conditional")
+    run("sample", *guided, "--labels", "3", "--scale", "0,4", "--steps", 3, "--out", out)
+    tensors, _ = read_safetensors(out)
+    assert tensors["scales"].tolist() == [0, 4]
+    by_classifier = fastcfg.ClassifierGuidance(fastcfg.load_classifier("fashion-mnist"), base="conditional")
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=3, classifier_guidance=by_classifier)
+    wanted = sampler([3, 3], classifier_scale=[0.0, 4.0], indices=[0, 0])
+    assert torch.equal(tensors["samples"], wanted)
+    assert not torch.equal(wanted[0], wanted[1])
+    told = json.loads(run("explain", *guided, "--steps", 3, "--batch", 2, "--json").output)
+    assert (told["rows"], told["classifier_rows"]) == (6, 6)
+
+
 def test_w_is_scale_minus_one(tmp_path: Path) -> None:
     for name, option in (("a.npz", ("--scale", "2.5")), ("b.npz", ("--w", "1.5"))):
         run("sample", "--labels", "1", *option, "--steps", 2, "--out", tmp_path / name)

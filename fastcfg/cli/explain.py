@@ -27,6 +27,7 @@ def command(ceilings: str | None, measure: bool, as_json: bool, **options: Any) 
 
     \b
     fastcfg explain --steps 25 --interval 100:800 --batch 64 --measure
+    fastcfg explain --classifier fashion-mnist
     fastcfg explain --checkpoint DiT-XL-2-256x256.pt --ceilings h100
     """
     if measure and ceilings is not None:
@@ -35,5 +36,6 @@ def command(ceilings: str | None, measure: bool, as_json: bool, **options: Any) 
     explanation = explain(
         sampler.model, sampler.plan, sampler.engine, sampler.batch, sampler.last_seconds,
         ceilings=MEASURED if measure else ceilings, dtype=DTYPES.get(options["dtype"]),
+        classifier=None if sampler.classifier_guidance is None else sampler.classifier_guidance.classifier,
     )  # fmt: skip
     click.echo(json.dumps(explanation.to_json(), indent=2) if as_json else str(explanation))

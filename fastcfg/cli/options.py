@@ -10,6 +10,8 @@ import click
 
 from fastcfg.engines import DTYPES, ENGINES
 from fastcfg.errors import Error
+from fastcfg.guidance import BASES, ClassifierGuidance
+from fastcfg.models.classifier import load_classifier
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.sampler import Sampler
 from fastcfg.schedules import SPACINGS
@@ -26,6 +28,8 @@ _SAMPLER_OPTIONS = (
     click.option("--interval", default=None, help="Guide only there: 100:261 (timesteps) or sigma:0.34:1.02."),
     click.option("--rescale", default=0.0, show_default=True, help="phi of Lin et al., 0 to 1."),
     click.option("--guidance-channels", default=None, type=int, help="Guide the first this many. [default: all]"),
+    click.option("--classifier", default=None, help="Guide by one: a shipped name or a path; --scale is then its own, from 0."),
+    click.option("--classifier-base", default=None, help=f"What it moves: {', '.join(BASES)}. [default: {BASES[0]}]"),
     click.option("--batch", default=16, show_default=True, help="Rows in a batch."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}"),
@@ -45,8 +49,13 @@ def make_sampler(model: Denoiser, options: dict[str, Any]) -> Sampler:
     clips = {None: None, "yes": True, "no": False, "keep_eps": "keep_eps"}
     if options["clip"] not in clips:
         raise Error(f"--clip must be yes, no or keep_eps, got {options['clip']!r}")
-    arguments = {k: v for k, v in options.items() if k not in ("checkpoint", "clip")}
-    return Sampler(model, clip=clips[options["clip"]], **arguments)
+    classifier, base = options["classifier"], options["classifier_base"]
+    if base is not None and classifier is None:
+        raise Error("--classifier-base goes with --classifier: leave it out, or give both")
+    by_classifier = None if classifier is None else ClassifierGuidance(load_classifier(classifier), base=base or BASES[0])
+    others = ("checkpoint", "clip", "classifier", "classifier_base")
+    arguments = {k: v for k, v in options.items() if k not in others}
+    return Sampler(model, clip=clips[options["clip"]], classifier_guidance=by_classifier, **arguments)
 
 
 def parse_numbers(text: str, name: str, kind: type[int] | type[float]) -> list[Any]:

@@ -43,6 +43,7 @@ def command(
     \b
     fastcfg sample --labels 0,7,9 --scale 1,3,5 --out grid.png
     fastcfg sample --labels balanced --count 1000 --scale 2 --steps 25 --out samples.npz
+    fastcfg sample --classifier fashion-mnist --scale 0,1,4 --out by-classifier.png
     """
     path = out_path(out, SUFFIXES)
     check_writable(path)
@@ -53,13 +54,17 @@ def command(
     if model.num_classes is None:
         raise Error("this model takes embeddings for labels: use fastcfg.Sampler from Python")
     wanted = parse_labels(labels, count, model.num_classes)
+    by_classifier = sampler.classifier_guidance is not None
+    if by_classifier and w is not None:
+        raise Error("--w is classifier-free guidance's: a classifier's strength is --scale")
     scales = _scales(scale, w)
     # Row by row, each label at each scale, and the same noise for all scales of a label.
     y = [label for label in wanted for _ in scales]
     s = [value for _ in wanted for value in scales]
     index = [i for i in range(len(wanted)) for _ in scales]
     with tqdm(total=len(y), desc="sample", unit="image", file=sys.stderr) as bar:
-        samples = sampler(y, s, seed, indices=index, on_batch=bar.update).cpu()
+        strength = {"classifier_scale" if by_classifier else "scale": s}
+        samples = sampler(y, seeds=seed, indices=index, on_batch=bar.update, **strength).cpu()
     if path.suffix == ".safetensors":
         description = {"plan": str(sampler.plan), "checkpoint": str(options["checkpoint"])}
         save_samples(path, samples, torch.tensor(y), torch.tensor(s), seed, description)

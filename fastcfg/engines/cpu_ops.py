@@ -88,18 +88,15 @@ class CpuOperations:
             shift, scale = (table[:, first : first + D][index].view(halves) for first in (shift_column, scale_column))
             moved = torch.addcmul(shift, F.layer_norm(x, (D,), eps=eps), scale.add_(1))
             return _into(out, moved.view(len(rows), -1, D))
+
         # One sample's modulation is what torch's LayerNorm calls its weight and bias: a single pass
-        normed = [
-            F.layer_norm(
-                x[r % len(x)],
-                (D,),
-                1 + table[k, scale_column : scale_column + D],
-                table[k, shift_column : shift_column + D],
-                eps,
-            )
-            for r, k in enumerate(rows)
-        ]
-        return _into(out, torch.stack(normed) if len(rows) > 1 else normed[0][None])
+        def normed(sample: Tensor, k: int) -> Tensor:
+            shift, scale = (table[k, first : first + D] for first in (shift_column, scale_column))
+            return F.layer_norm(sample, (D,), 1 + scale, shift, eps)
+
+        if len(rows) == 1:
+            return _into(out, normed(x, rows[0]))
+        return _into(out, torch.stack([normed(x[r % len(x)], k) for r, k in enumerate(rows)]))
 
     def linear(
         self,
@@ -119,7 +116,8 @@ class CpuOperations:
             return _into(out, y)
         assert table is not None
         assert index is not None
-        gate = _rows(table[:, gate_column : gate_column + y.shape[-1]], index)[:, None].to(y.dtype)
+        columns = slice(gate_column, gate_column + y.shape[-1])
+        gate = (table[int(index), columns] if len(index) == 1 else table[:, columns][index][:, None]).to(y.dtype)
         if len(residual) < len(y):
             residual = residual.repeat(len(y) // len(residual), 1, 1)
         if y.dtype == torch.float32:  # rounded where the module rounds: after the product, then after the sum
@@ -261,11 +259,6 @@ def _gelu(y: Tensor) -> Tensor:
     """tanh-GELU as y sigmoid(2 u), u = sqrt(2 / pi) (y + 0.044715 y^3): torch takes twice as long over its tanh."""
     twice = 2 * math.sqrt(2 / math.pi)
     return (y * y).mul_(0.044715 * twice).add_(twice).mul_(y).sigmoid_().mul_(y)
-
-
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], which for one row needs no copy."""
-    return table[index] if len(index) > 1 else table[int(index) :][:1]
 
 
 @lru_cache
