@@ -38,7 +38,7 @@ from fastcfg.errors import Error
 from fastcfg.images import to_uint8
 from fastcfg.jobs import Job, Spec, Unit, all_units, compute, open_store
 from fastcfg.jobs.job import freeze, resolve
-from fastcfg.jobs.local import run_units
+from fastcfg.jobs.local_runner import run_units
 from fastcfg.jobs.worker import Outcome
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.noise import INITIAL_STEP, normal

@@ -28,7 +28,7 @@ from fastcfg.errors import Error
 from fastcfg.explain import count_flops, count_gradient_flops
 from fastcfg.files import write_file
 from fastcfg.jobs import Spec, run
-from fastcfg.jobs.spec import read_table
+from fastcfg.jobs.toml import read_table
 from fastcfg.models.denoiser import Denoiser
 
 GRID = ("solver", "steps", "interval", "rescale")  # what a sweep varies besides the scale

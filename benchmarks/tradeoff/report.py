@@ -8,12 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tradeoff import arms
-
 from fastcfg.errors import Error
 from fastcfg.files import write_file
 from fastcfg.metrics import CONFIDENCE
 from fastcfg.plots import plot_tradeoff
+from tradeoff import arms
 
 REAL = "real images"
 SHOWN = ("frechet_distance", "inception_score", "class_accuracy", "precision", "recall", "density", "coverage")

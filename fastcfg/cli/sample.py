@@ -63,7 +63,7 @@ def command(
     s = [value for _ in wanted for value in scales]
     index = [i for i in range(len(wanted)) for _ in scales]
     with tqdm(total=len(y), desc="sample", unit="image", file=sys.stderr) as bar:
-        strength = {"classifier_scale" if by_classifier else "scale": s}
+        strength: dict[str, Any] = {"classifier_scale" if by_classifier else "scale": s}
         samples = sampler(y, seeds=seed, indices=index, on_batch=bar.update, **strength).cpu()
     if path.suffix == ".safetensors":
         description = {"plan": str(sampler.plan), "checkpoint": str(options["checkpoint"])}

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastcfg.errors import Error
-
-if TYPE_CHECKING:
-    from fastcfg.engines.classifier import ClassifierTerm
-
-Fingerprint = tuple[tuple[int, int], ...]
+from fastcfg.engines.classifier import ClassifierTerm
 
 
 @dataclass(frozen=True)
@@ -57,20 +52,3 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Takes up weights that changed in place since the engine was made."""
         ...
-
-
-def fingerprint(module: nn.Module) -> Fingerprint:
-    """Changes whenever a weight is replaced or written in place (torch counts writes in `_version`)."""
-    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
-
-
-def refuse_training(module: nn.Module, name: str = "model") -> None:
-    """Raises Error if any part of `module` is in training mode."""
-    if any(part.training for part in module.modules()):
-        raise Error(f"the {name} is in training mode, where dropout would act on samples: call {name}.eval() first")
-
-
-def refuse_stale(module: nn.Module, copied: Fingerprint, name: str = "model") -> None:
-    """Raises Error if `module` changed since the engine copied its weights, when its fingerprint was `copied`."""
-    if fingerprint(module) != copied:
-        raise Error(f"the {name}'s weights changed since the sampler copied them: call sampler.refresh()")

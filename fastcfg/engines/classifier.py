@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcfg.engines.base import fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.plan import Plan

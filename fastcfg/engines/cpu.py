@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastcfg.engines.base import Engine, Request, fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.base import Engine, Request
 from fastcfg.engines.choice import fastest
 from fastcfg.engines.cpu_module import CpuModuleEngine
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
 from fastcfg.engines.fused_dit import FusedDiT, is_plain_dit
+from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser

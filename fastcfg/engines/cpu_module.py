@@ -11,10 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastcfg.engines.base import Request, fingerprint, refuse_stale
+from fastcfg.engines.base import Request
 from fastcfg.engines.choice import fastest
 from fastcfg.engines.openvino_module import PRECISIONS, OpenVinoForward, openvino_version
 from fastcfg.engines.reference import ReferenceEngine
+from fastcfg.engines.weights import fingerprint, refuse_stale
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser, call_module
 from fastcfg.plan import Plan

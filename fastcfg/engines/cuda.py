@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcfg.engines.base import Request, fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.base import Request
 from fastcfg.engines.capture import Lane, StepGraphs, lane_of
 from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit
+from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.errors import Error
 from fastcfg.kernels._launch import gpu_of, interpreted
 from fastcfg.kernels._step import step_table

@@ -9,7 +9,7 @@ from fastcfg.jobs.errors import DamagedError, JobError, StoppedError
 from fastcfg.jobs.job import Job, open_job
 from fastcfg.jobs.run import Status, run, set_aside, status
 from fastcfg.jobs.spec import Spec
-from fastcfg.jobs.store import open_store
+from fastcfg.jobs.stores import open_store
 from fastcfg.jobs.units import Unit, all_units, check_unit, compute, get_unit, read_unit, write_unit
 
 __all__ = [

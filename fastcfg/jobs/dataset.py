@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from fastcfg.errors import Error
 from fastcfg.jobs.errors import DamagedError, JobError
 from fastcfg.jobs.job import Job, open_job
+from fastcfg.jobs.local_store import LocalStore
 from fastcfg.jobs.run import status
-from fastcfg.jobs.store import LocalStore
 from fastcfg.jobs.units import Arrays, Unit, get_unit, read_unit, unit_bytes
 
 MAPPED_UNITS = 16  # local units kept open; their pages are the system's to drop

@@ -16,7 +16,8 @@ from fastcfg.engines import DTYPES, Engine
 from fastcfg.engines.choice import machine
 from fastcfg.errors import Error
 from fastcfg.jobs.spec import Spec, frozen
-from fastcfg.jobs.store import Store, open_store
+from fastcfg.jobs.store import Store
+from fastcfg.jobs.stores import open_store
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.sampler import Sampler
 

@@ -31,8 +31,9 @@ from fastcfg.errors import Error, missing_extra
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import Job, Resolved, open_job, processor
 from fastcfg.jobs.job import resolve as resolve_here
+from fastcfg.jobs.local_store import LocalStore
 from fastcfg.jobs.spec import Spec
-from fastcfg.jobs.store import FREEZING, LocalStore, Store
+from fastcfg.jobs.store import FREEZING, Store
 from fastcfg.jobs.units import Unit
 from fastcfg.jobs.worker import Outcome, Sampled, Worker
 

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from fastcfg.errors import Error
 from fastcfg.jobs.errors import JobError, StoppedError
 from fastcfg.jobs.job import Job, Resolved, check_same, check_vacant, freeze, open_job, processor, resolve
-from fastcfg.jobs.local import SIGNALS, choose_devices, run_units
+from fastcfg.jobs.local_runner import SIGNALS, choose_devices, run_units
 from fastcfg.jobs.spec import Spec
-from fastcfg.jobs.store import Store, open_store
+from fastcfg.jobs.store import Store
+from fastcfg.jobs.stores import open_store
 from fastcfg.jobs.units import Unit, all_units, check_unit, get_unit, unit_bytes
 from fastcfg.jobs.worker import Outcome, Runner, Sampled
 

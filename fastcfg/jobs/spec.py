@@ -5,9 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
-import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -18,17 +15,13 @@ from fastcfg.checkpoints import SHIPPED
 from fastcfg.engines import DTYPES, ENGINES
 from fastcfg.errors import Error
 from fastcfg.guidance import BASES, ClassifierGuidance, Guidance, Interval
+from fastcfg.jobs import values as v
+from fastcfg.jobs.toml import read_labels, read_table
 from fastcfg.models.classifier import load_classifier
 from fastcfg.models.denoiser import Denoiser
-from fastcfg.noise import as_seed
 from fastcfg.plan import Plan, make_plan
 from fastcfg.schedules import SPACINGS
 from fastcfg.solvers import CLIPS, SOLVERS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 OUTPUTS = ("uint8", "latents")
 MOST_UNITS = 100_000
@@ -145,7 +138,7 @@ class Spec:
                 raise Error(f"{where}: labels_file stands alone: leave out labels and count")
             if not isinstance(name, str):
                 raise Error(f"{where}: labels_file must be text, got {name!r}")
-            values["labels"], places["labels"] = _read_labels(folder / name, where), where
+            values["labels"], places["labels"] = read_labels(folder / name, where), where
         for key in WEIGHTS:
             name = values.get(key)
             if isinstance(name, str) and name and name not in SHIPPED:
@@ -237,51 +230,6 @@ class Spec:
             raise self.refused(key, str(error)) from error
 
 
-def read_table(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(what a TOML file holds, "FILE line N" for each of its top-level keys). Raises Error."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
-    except OSError as error:
-        raise Error(f"cannot read the spec {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or numbers of thousands of digits
-        raise Error(f"{path} is not TOML: {error}") from error
-    return data, {key: f"{path} line {line}" for key, line in key_lines(text, data).items()}
-
-
-def _read_labels(path: Path, where: str) -> list[int]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise Error(f"{where}: cannot read labels_file {path}: {getattr(error, 'strerror', None) or error}") from error
-    for number, line in enumerate(lines, 1):
-        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", line, re.ASCII):
-            raise Error(f"{where}: labels_file {path} line {number}: want a whole number of at least 0, got {line[:40]!r}")
-    return [int(line) for line in lines]
-
-
-def key_lines(text: str, data: Mapping[str, Any]) -> dict[str, int]:
-    """The line, from 1, at which each top-level key of `data`, parsed from `text`, is written."""
-    found: dict[str, int] = {}
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        match = re.match(r"""\s*\[{0,2}\s*(["']?)([^"'=.\]]+?)\1\s*[=.\]]""", line)
-        key = match[2] if match else ""
-        if key in data and key not in found and _starts_statement(lines[: number - 1]):
-            found[key] = number
-    return found
-
-
-def _starts_statement(before: list[str]) -> bool:
-    """Whether what follows these lines of TOML is a new statement, not the inside of a text or a list."""
-    try:
-        tomllib.loads("\n".join(before))
-    except tomllib.TOMLDecodeError:
-        return False
-    return True
-
-
 def _difference(name: str, there: Any, here: Any) -> str:
     if isinstance(there, tuple) and isinstance(here, tuple) and max(len(there), len(here)) > 8:
         if len(there) != len(here):
@@ -298,108 +246,27 @@ def _shown(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-def _brief(value: Any) -> str:
-    """`value` as a message shows it."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not write out whole numbers of thousands of digits
-        return "a very large number"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise Error(f"{name} must be text, got {_brief(value)}")
-    return value
-
-
-def _one_of(*known: Any) -> Callable[[str, Any], Any]:
-    def convert(name: str, value: Any) -> Any:
-        if type(value) not in {type(option) for option in known} or value not in known:
-            raise Error(f"unknown {name} {_brief(value)}: known are {', '.join(map(str, known))}")
-        return value
-
-    return convert
-
-
-def _whole(least: int, most: int = 2**31) -> Callable[[str, Any], int]:
-    def convert(name: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise Error(f"{name} must be a whole number from {least} to {most}, got {_brief(value)}")
-        return value
-
-    return convert
-
-
-def _number(low: float, high: float) -> Callable[[str, Any], float]:
-    def convert(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise Error(f"{name} must be a number from {low:g} to {high:g}, got {_brief(value)}")
-        return float(value)
-
-    return convert
-
-
-def _optional(convert: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    return lambda name, value: None if value is None else convert(name, value)
-
-
-def _several(name: str, values: Any, convert: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    if not isinstance(values, (list, tuple)) or not values:
-        raise Error(f"{name} must be a list of at least one, got {_brief(values)}")
-    return tuple(convert(f"{name}: each", value) for value in values)
-
-
-def _labels(name: str, value: Any) -> str | tuple[int, ...]:
-    if isinstance(value, str):
-        if value != "balanced":
-            raise Error(f'{name} must be "balanced" or a list of whole numbers (or use labels_file), got {_brief(value)}')
-        return value
-    return _several(name, value, _whole(0))
-
-
-def _scales(name: str, value: Any) -> tuple[float, ...]:
-    scales = _several(name, value, _number(0.0, 1e9))
-    if len(set(scales)) != len(scales):
-        raise Error(f"{name}: each once, got {list(scales)}")
-    return scales
-
-
-def _seed(name: str, value: Any) -> int:
-    seed = as_seed(value)
-    if seed is None:
-        raise Error(f"{name} must be a whole number of up to 64 bits, got {_brief(value)}")
-    return seed
-
-
-def _interval(_: str, value: Any) -> Interval | None:
-    interval = Interval.parse(tuple(value) if isinstance(value, list) else value)
-    if interval is not None and not math.isfinite(interval.hi):
-        raise Error(f"interval: bounds must be finite, got {interval.hi}")
-    return interval
-
-
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
-    "checkpoint": _text,
-    "scales": _scales,
-    "labels": _labels,
-    "count": _optional(_whole(1, 2**40)),
-    "steps": _whole(1),
-    "solver": _one_of(*SOLVERS),
-    "spacing": _one_of(*SPACINGS),
-    "eta": _optional(_number(0, 1)),
-    "interval": _interval,
-    "rescale": _number(0, 1),
-    "guidance_channels": _optional(_whole(1)),
-    "classifier": _optional(_text),
-    "classifier_base": _optional(_one_of(*BASES)),
-    "clip": _optional(_one_of(*CLIPS)),
-    "dtype": _one_of("auto", *DTYPES),
-    "engine": _one_of("auto", *ENGINES),
-    "seed": _seed,
-    "unit_size": _whole(1),
-    "batch": _whole(1, 2**20),
-    "output": _one_of(*OUTPUTS),
+    "checkpoint": v.text,
+    "scales": v.scales,
+    "labels": v.labels,
+    "count": v.optional(v.whole(1, 2**40)),
+    "steps": v.whole(1),
+    "solver": v.one_of(*SOLVERS),
+    "spacing": v.one_of(*SPACINGS),
+    "eta": v.optional(v.number(0, 1)),
+    "interval": v.interval,
+    "rescale": v.number(0, 1),
+    "guidance_channels": v.optional(v.whole(1)),
+    "classifier": v.optional(v.text),
+    "classifier_base": v.optional(v.one_of(*BASES)),
+    "clip": v.optional(v.one_of(*CLIPS)),
+    "dtype": v.one_of("auto", *DTYPES),
+    "engine": v.one_of("auto", *ENGINES),
+    "seed": v.seed,
+    "unit_size": v.whole(1),
+    "batch": v.whole(1, 2**20),
+    "output": v.one_of(*OUTPUTS),
 }
 
 

@@ -7,8 +7,8 @@ A runner computes units somewhere: it is a function
 that takes units from `missing` as workers become free and yields one Outcome for each that it took. Units that failed are
 put back into `missing` while outcomes are consumed, so a runner asks it again after each outcome, even where it was empty
 before; it ends when nothing is under way and `missing` is empty. When its generator is closed it stops what it started.
-What no unit can be blamed for (a worker that cannot start) is a JobError that it raises. `fastcfg.jobs.local` runs units in
-processes of this machine, `fastcfg.jobs.ray_runner` on a Ray cluster.
+What no unit can be blamed for (a worker that cannot start) is a JobError that it raises. `fastcfg.jobs.local_runner` runs units
+in processes of this machine, `fastcfg.jobs.ray_runner` on a Ray cluster.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _run(arguments: list[str], log: str, fsize: int, sync: float) -> None:
 
 
 def _start_by_fork(theirs: Any) -> Any:
-    """`fastcfg.jobs.local._start` without a new interpreter."""
+    """`fastcfg.jobs.local_runner._start` without a new interpreter."""
     from fastcfg.jobs import local
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, local.SIGNALS)

@@ -24,7 +24,7 @@ import fastcfg
 from fastcfg.jobs import Job, Spec, Unit, all_units, local, open_job, open_store, run, status
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import freeze, resolve
-from fastcfg.jobs.local import choose_devices, run_units
+from fastcfg.jobs.local_runner import choose_devices, run_units
 from fastcfg.jobs.run import _complete
 from fastcfg.jobs.worker import Outcome, Sampled
 

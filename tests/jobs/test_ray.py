@@ -26,7 +26,8 @@ from ray_cluster import ENVIRONMENT, Cluster, two_nodes
 
 from fastcfg import Error
 from fastcfg.jobs import JobError, Spec, all_units, ray_runner, run
-from fastcfg.jobs.store import LocalStore, open_store
+from fastcfg.jobs.local_store import LocalStore
+from fastcfg.jobs.stores import open_store
 from fastcfg.jobs.worker import Outcome
 
 if not importlib.util.find_spec("ray"):

@@ -18,7 +18,7 @@ import fastcfg
 from fastcfg.cli import main
 from fastcfg.guidance import Interval
 from fastcfg.jobs import Spec
-from fastcfg.jobs.spec import tomllib
+from fastcfg.jobs.toml import tomllib
 
 GOOD = {
     "checkpoint": '"{checkpoint}"',

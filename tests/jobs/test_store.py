@@ -20,8 +20,9 @@ import fastcfg
 from fastcfg.jobs import Spec, open_job, open_store, remote
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import check_checkpoint, check_same, check_vacant, checkpoint_sha256, freeze, resolve
-from fastcfg.jobs.remote import RemoteStore
-from fastcfg.jobs.store import LocalStore, Store
+from fastcfg.jobs.local_store import LocalStore
+from fastcfg.jobs.remote_store import RemoteStore
+from fastcfg.jobs.store import Store
 
 UNIT = "units/unit-000003.safetensors"
 
@@ -87,7 +88,7 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path: Path, 
 HOLD = """
 import sys
 from pathlib import Path
-from fastcfg.jobs.store import LocalStore
+from fastcfg.jobs.local_store import LocalStore
 store = LocalStore(Path(sys.argv[1]))
 print(store.claim(3), flush=True)
 sys.stdin.read()

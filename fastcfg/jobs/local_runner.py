@@ -26,7 +26,7 @@ from fastcfg.jobs.worker import Outcome, Sampled, Worker
 
 STOP_SECONDS = 60.0  # for what is computed to be written when a run is stopped
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
-_SERVE = "import sys; sys.path[:] = sys.argv[2:]; from fastcfg.jobs.local import serve; serve(int(sys.argv[1]))"
+_SERVE = "import sys; sys.path[:] = sys.argv[2:]; from fastcfg.jobs.local_runner import serve; serve(int(sys.argv[1]))"
 
 
 def choose_devices(asked: str | None, workers: int | None, kind: str | None) -> list[str]:
