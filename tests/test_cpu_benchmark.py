@@ -49,6 +49,7 @@ def test_everyone_who_is_installed_is_checked_and_timed(dry_run) -> None:
     want = {("fastcfg", dtype) for dtype in (*DTYPES, *["int8"] * has_int8())} | {("fastcfg's reference engine", "fp32")}
     for dtype in DTYPES:
         want |= {(f"diffusers, {how}", dtype) for how in ("eager", "compiled") if peers.installed("diffusers")}
+        want |= {("our module, compiled", dtype)} if peers.installed("diffusers") else set()
         want |= {("OpenVINO", dtype)} if openvino_version() and peers.installed("diffusers") else set()
     for section in ("check", "loop"):
         assert {(row["name"], row["dtype"]) for row in of(rows, section)} == want

@@ -39,6 +39,7 @@ def contenders(case: Case, cores: int, dry: bool) -> Iterator[Contender]:
     twin = diffusers_twin(case.model) if installed("diffusers") else None
     if twin is not None:
         yield from _diffusers(case, twin, cores, dry)
+        yield from _compiled(case, cores, dry)
     if twin is not None and installed("openvino"):
         yield from _openvino(case, twin, cores)
 
@@ -86,9 +87,20 @@ def _diffusers(case: Case, twin: nn.Module, cores: int, dry: bool) -> Iterator[C
         module = copy.deepcopy(twin).to(DTYPES[dtype])
         loop = partial(pipeline_loop, case, partial(call_module, module), DTYPES[dtype])
         yield Contender("diffusers, eager", dtype, {f"threads: {n}": _on_threads(n, loop) for n in sorted({1, cores})})
-        compiled: Any = torch.compile(module, dynamic=False, backend="eager" if dry else "inductor")
-        loop = partial(pipeline_loop, case, partial(call_module, compiled), DTYPES[dtype])
-        yield Contender("diffusers, compiled", dtype, {f"threads: {cores}": _on_threads(cores, loop)})
+        yield Contender("diffusers, compiled", dtype, _compiled_loop(case, module, dtype, cores, dry))
+
+
+def _compiled(case: Case, cores: int, dry: bool) -> Iterator[Contender]:
+    """The training module in diffusers' loop: what a user has with one line and no other library's module."""
+    for dtype in _dtypes():
+        module = copy.deepcopy(case.model.module).to(DTYPES[dtype])
+        yield Contender("our module, compiled", dtype, _compiled_loop(case, module, dtype, cores, dry))
+
+
+def _compiled_loop(case: Case, module: nn.Module, dtype: str, cores: int, dry: bool) -> dict[str, Loop]:
+    compiled: Any = torch.compile(module, dynamic=False, backend="eager" if dry else "inductor")
+    loop = partial(pipeline_loop, case, partial(call_module, compiled), DTYPES[dtype])
+    return {f"threads: {cores}": _on_threads(cores, loop)}
 
 
 def _on_threads(count: int, loop: Loop) -> Loop:
