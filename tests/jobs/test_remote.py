@@ -57,7 +57,7 @@ def _hashes(files: Any, url: str) -> dict[str, str]:
 
 
 # A dead run's lease holds its unit up for a minute; here for two seconds.
-COMMAND = "from fastcfg.jobs import remote_store as remote; remote.LEASE_SECONDS = 2.0; from fastcfg.cli import main; main()"
+COMMAND = "from fastcfg.jobs import remote_store; remote_store.LEASE_SECONDS = 2.0; from fastcfg.cli import main; main()"
 
 
 def _start(*arguments: str) -> Started:

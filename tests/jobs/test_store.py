@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastcfg
-from fastcfg.jobs import Spec, open_job, open_store, remote
+from fastcfg.jobs import Spec, open_job, open_store, remote_store
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import check_checkpoint, check_same, check_vacant, checkpoint_sha256, freeze, resolve
 from fastcfg.jobs.local_store import LocalStore
@@ -129,14 +129,14 @@ def test_leases_are_one_holders_until_released_or_left_to_lapse(monkeypatch: pyt
     assert two.claim(3)
     two.close()
     assert one.claim(3)
-    later = time.time() + remote.LEASE_SECONDS + 1
+    later = time.time() + remote_store.LEASE_SECONDS + 1
     monkeypatch.setattr(time, "time", lambda: later)
     assert two.claim(3)
     assert not one.claim(3)
 
 
 def test_leases_are_renewed_while_their_holder_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(remote_store, "LEASE_SECONDS", 0.2)
     store = RemoteStore("memory://renewed")
     assert store.claim(3)
     path = store._lease(3)
@@ -152,7 +152,7 @@ def test_leases_are_renewed_while_their_holder_lives(monkeypatch: pytest.MonkeyP
 
 
 def test_uploads_are_tried_again_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(remote_store, "PAUSES", (0.0, 0.0))
     store = RemoteStore("memory://retries")
     failures: list[Exception] = [OSError("reset"), TimeoutError("slow")]
     real = store._system.pipe_file
