@@ -122,14 +122,14 @@ def _serve() -> None:
     """The process that `forking` forks runs from; it answers questions of one line each."""
     from fastcfg.checkpoints import load
     from fastcfg.cli import job  # noqa: F401 - imported for the runs
-    from fastcfg.jobs import local
+    from fastcfg.jobs import local_runner
 
     load("fashion-mnist")  # brings what torch imports when it is first needed
     questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
         os.dup2(null, stream)
-    local._start = _start_by_fork
+    local_runner._start = _start_by_fork
     for line in questions:
         question, argument = json.loads(line)
         if question == "start":
@@ -169,16 +169,16 @@ def _run(arguments: list[str], log: str, fsize: int, sync: float) -> None:
 
 def _start_by_fork(theirs: Any) -> Any:
     """`fastcfg.jobs.local_runner._start` without a new interpreter."""
-    from fastcfg.jobs import local
+    from fastcfg.jobs import local_runner
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, local.SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, local_runner.SIGNALS)
     pid = os.fork()
     if pid == 0:
         for descriptor in range(3, 256):  # as a new process: above all, no parent's end of a pipe
             if descriptor != theirs.fileno():
                 with suppress(OSError):
                     os.close(descriptor)
-        local.serve(theirs.fileno())
+        local_runner.serve(theirs.fileno())
         os._exit(70)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return _Forked(pid)

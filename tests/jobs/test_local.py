@@ -21,7 +21,7 @@ import torch
 from crashing import Start, Started, start_command, unit_hashes
 
 import fastcfg
-from fastcfg.jobs import Job, Spec, Unit, all_units, local, open_job, open_store, run, status
+from fastcfg.jobs import Job, Spec, Unit, all_units, local_runner, open_job, open_store, run, status
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import freeze, resolve
 from fastcfg.jobs.local_runner import choose_devices, run_units
@@ -255,8 +255,8 @@ def make_job(spec: Spec, out: Path) -> Job:
 def test_a_worker_that_dies_is_replaced(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(replace(tiny_spec, steps=100), tmp_path / "job")
     children: list[subprocess.Popen[bytes]] = []
-    real = local._start
-    monkeypatch.setattr(local, "_start", lambda theirs: (children.append(real(theirs)), children[-1])[1])
+    real = local_runner._start
+    monkeypatch.setattr(local_runner, "_start", lambda theirs: (children.append(real(theirs)), children[-1])[1])
     events = run_units(job, all_units(job.spec), ["cpu"])
     seen: list[Outcome | Sampled] = []
     with contextlib.closing(events):
