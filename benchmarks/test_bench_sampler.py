@@ -22,10 +22,14 @@ def test_noise(benchmark: Any) -> None:
     benchmark(normal, range(16), range(16), 0, (4, 32, 32))
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
+@pytest.mark.parametrize(
+    ("scale", "interval"),
+    [(1.0, None), (3.0, None), (3.0, (200, 700))],
+    ids=["unguided", "guided", "guided in half of the steps"],
+)
 @pytest.mark.parametrize("batch", [1, 16])
-def test_shipped_model(benchmark: Any, batch: int, scale: float) -> None:
-    """Ten DDIM steps of the shipped model."""
-    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=10, batch=batch)
+def test_shipped_model(benchmark: Any, batch: int, scale: float, interval: Any) -> None:
+    """Ten DDIM steps of the shipped model: one forward a row, two, and two in half of the steps."""
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=10, batch=batch, interval=interval)
     labels = [i % 10 for i in range(batch)]
     benchmark.pedantic(sampler, args=(labels, scale), rounds=5, warmup_rounds=1)

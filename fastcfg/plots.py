@@ -126,7 +126,9 @@ PANELS = (  # x, y, what they are called; a panel is drawn where the rows have b
     ("recall", "precision", "recall", "precision"),
     ("scale", "frechet_distance", "guidance scale s", "Frechet distance"),
     ("scale", "class_accuracy", "guidance scale s", "class accuracy"),
+    ("gflop_a_sample", "frechet_distance", "GFLOP a sample", "Frechet distance"),
 )
+COLUMNS = 3  # of panels
 
 
 def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = "") -> None:
@@ -142,21 +144,25 @@ def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = ""
     lines: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
         lines.setdefault(row.get("setting") or _setting(row), []).append(row)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.4), layout="constrained", squeeze=False)
-    for panel, (x, y, x_name, y_name) in zip(axes[0], panels, strict=True):
+    columns = min(COLUMNS, len(panels))
+    height = -(-len(panels) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4.6 * columns, 4.2 * height), layout="constrained", squeeze=False)
+    for unused in axes.flat[len(panels) :]:
+        unused.set_axis_off()
+    for panel, (x, y, x_name, y_name) in zip(axes.flat, panels, strict=False):
         for name, points in lines.items():
             ordered = sorted(points, key=lambda row: float(row["scale"]))
             xs, ys = ([float(row[column]) for row in ordered] for column in (x, y))
-            panel.errorbar(
-                xs, ys, yerr=_bars(ordered, y), xerr=_bars(ordered, x), marker="o", ms=3.5, lw=1.2, capsize=2, label=name
-            )
+            bars = {"yerr": _bars(ordered, y), "xerr": _bars(ordered, x), "capsize": 2}
+            line = "none" if x == "gflop_a_sample" else "-"  # guided points cost the same: a line would say nothing
+            panel.errorbar(xs, ys, **bars, marker="o", ms=3.5, lw=1.2, ls=line, label=name)
             if x != "scale":
                 for row, a, b in zip(ordered, xs, ys, strict=True):
                     panel.annotate(row["scale"], (a, b), xytext=(3, 3), textcoords="offset points", fontsize=6.5)
         panel.set(xlabel=x_name, ylabel=y_name, yscale="log" if y == "frechet_distance" else "linear")
         panel.set_xscale("log" if x == "scale" else "linear")
         panel.grid(alpha=0.3, which="both")
-    axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     figure.suptitle(title)
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
