@@ -159,13 +159,30 @@ def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = ""
             if x != "scale":
                 for row, a, b in zip(ordered, xs, ys, strict=True):
                     panel.annotate(row["scale"], (a, b), xytext=(3, 3), textcoords="offset points", fontsize=6.5)
-        panel.set(xlabel=x_name, ylabel=y_name, yscale="log" if y == "frechet_distance" else "linear")
-        panel.set_xscale("log" if x == "scale" else "linear")
+        panel.set(xlabel=x_name, ylabel=y_name)
+        if y == "frechet_distance":
+            _logarithmic(panel.set_yscale, panel.yaxis)
+        if x == "scale":
+            scales = sorted({float(row["scale"]) for row in rows})
+            _logarithmic(panel.set_xscale, panel.xaxis, scales)
         panel.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=7)
     figure.suptitle(title)
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
+
+
+def _logarithmic(set_scale: Any, axis: Any, ticks: Sequence[float] | None = None) -> None:
+    """A logarithmic axis labelled with plain numbers, at `ticks` if given; linear below 1 where there is a tick at 0."""
+    if ticks is not None and min(ticks) <= 0:
+        set_scale("symlog", linthresh=1)
+    else:
+        set_scale("log")
+    if ticks is not None:
+        axis.set_ticks(ticks, minor=False)
+        axis.set_ticks([], minor=True)
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}")
 
 
 def _setting(row: Mapping[str, str]) -> str:

@@ -49,7 +49,7 @@ def draw(rows: Sequence[Row], into: Path) -> None:
     """tradeoff-guidance.png and tradeoff-dropout.png."""
     groups = {"guidance": (arms.KINDS, "the shipped model"), "dropout": (arms.SMALL, "small models, by label dropout")}
     for name, (members, title) in groups.items():
-        lines = [{**row, "setting": arm.name} for arm in members for row in line(rows, arm)]
+        lines = [{**row, "setting": arm.name, "scale": strength(row, arm)} for arm in members for row in line(rows, arm)]
         if lines:
             title = f"Fashion-MNIST, {title}: {lines[0]['steps']} steps, {lines[0]['samples']} samples a point"
             plot_tradeoff(lines, into / f"tradeoff-{name}.png", title)
@@ -60,6 +60,11 @@ def line(rows: Sequence[Row], arm: arms.Arm) -> list[Row]:
     own = _of(rows, arm.name)
     start = [row | {"scale": f"{1 - arm.less:g}"} for row in _of(rows, "CFG") if float(row["scale"]) == 1]
     return [*(start if arm.from_cfg and own else []), *own]
+
+
+def strength(row: Row, arm: arms.Arm) -> str:
+    """The classifier-free scale that a point's guidance is as strong as: the plots' axis."""
+    return f"{float(row['scale']) + arm.less:g}"
 
 
 def findings(rows: Sequence[Row]) -> Iterator[str]:
