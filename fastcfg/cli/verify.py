@@ -19,8 +19,8 @@ from fastcfg.verify import verify as run_verify
 def command(weights: Path, expected: Path, engine: str, dtype: str) -> None:
     """Recomputes every tensor of a golden pair and prints max abs difference and its ratio to the largest value.
 
-    Exits 1 if any is missing or exceeds 1e-5 of the largest value; 2e-5 in loops with clipping, which the official code misses by
-    nearly as much from one processor to another.
+    Exits 1 if any is missing or exceeds 1e-5 of the largest value; 2e-5 in loops with clipping, which the official code misses
+    by nearly as much from one processor to another.
 
     \b
     fastcfg verify tests/golden/dit_tiny.weights.safetensors tests/golden/dit_tiny.expected.safetensors
