@@ -73,17 +73,17 @@ def _start(*arguments: str) -> Started:
 def test_killed_and_gone_on_with_it_is_the_local_job(
     url: str, files: Any, write_spec: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = write_spec(count=30, steps=50)  # 10 units
+    path = write_spec(count=60, steps=50)  # 20 units
     spec = Spec.from_toml(path)
     make_job(spec, tmp_path / "here")
     killed = _start("job", "run", str(path), "--out", url)
     deadline = time.monotonic() + 60
-    while not (files.exists(f"{url}/job.json") and len(status(url).done) >= 2):
+    while not (files.exists(f"{url}/job.json") and len(status(url).done) >= 3):
         assert killed.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline
     killed.send(signal.SIGKILL)
     killed.wait()
-    assert 2 <= len(status(url).done) < 10
+    assert 3 <= len(status(url).done) < 20
     assert _start("job", "run", str(path), "--out", url).wait() == 0
     assert _hashes(files, url) == unit_hashes(tmp_path / "here")
     assert status(url, verify=True).complete
