@@ -20,7 +20,7 @@ from tradeoff import arms, report
 from fastcfg import metrics, plots
 from fastcfg.engines.choice import machine
 from fastcfg.errors import Error
-from fastcfg.sweep import figure_cells, run_sweep
+from fastcfg.sweep import figure_cells, read_rows, run_sweep, write_rows
 
 ROOT = Path(__file__).parents[1]
 TABLE, PLOTS = ROOT / "benchmarks" / "results" / "tradeoff.csv", ROOT / "docs"
@@ -44,7 +44,7 @@ def main() -> None:
         plots.pyplot()  # before the work, which takes an hour
         if not options.show:
             run(options, table)
-        rows = report.read(table)
+        rows = read_rows(table)
         print(report.text(rows))
         report.draw(rows, into)
     except Error as error:
@@ -54,7 +54,7 @@ def main() -> None:
 def run(options: argparse.Namespace, table: Path) -> None:
     scales = arms.REDUCED if options.reduced else arms.SCALES
     options.out.mkdir(parents=True, exist_ok=True)
-    known = {arm: [row for row in report.read(table) if row["setting"] == arm] for arm in (report.REAL, *(a.name for a in ALL))}
+    known = {arm: [row for row in read_rows(table) if row["setting"] == arm] for arm in (report.REAL, *(a.name for a in ALL))}
     if not known[report.REAL]:
         known[report.REAL] = [real_images(options.data, options.samples)]
     for arm in ALL:
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, table: Path) -> None:
         spec = options.out / f"{name}.toml"
         spec.write_text(arm.toml(options.samples, scales, options.data))
         known[arm.name] = [{"setting": arm.name, **row, "cpu": machine()} for row in run_sweep(spec, options.out / name)]
-        report.write(table, [row for rows in known.values() for row in rows])
+        write_rows(table, [row for rows in known.values() for row in rows])
 
 
 def real_images(data: str, count: int) -> dict[str, str]:

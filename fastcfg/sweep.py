@@ -108,7 +108,7 @@ def run_sweep(
             print(f"{name}: {spec.samples} samples", file=sys.stderr)
         run(spec, out / "jobs" / name, devices=devices, workers=workers, ray=ray, progress=progress)
     table, rows = out / "sweep.csv", []
-    known = {_key(row): row for row in _read(table)}
+    known = {_key(row): row for row in read_rows(table)}
     points = [(name, settings) for name, spec in sweep.jobs.items() for settings in _settings(spec, model)]
     for name, settings in tqdm(points, "judge", unit="point", file=sys.stderr, disable=not progress):
         row = known.get(_key(settings))
@@ -117,7 +117,7 @@ def run_sweep(
             figures = m.evaluate(samples, reference, sweep.metrics, bootstrap=sweep.bootstrap)
             row = settings | {"samples": str(len(samples))} | figure_cells(figures)
         rows.append(row)
-        _write(table, rows)
+        write_rows(table, rows)
     return rows
 
 
@@ -207,14 +207,16 @@ def _freeze(path: Path, out: Path) -> None:
     write_file(kept, lambda temporary: temporary.write_text(text))
 
 
-def _read(table: Path) -> list[Row]:
+def read_rows(table: Path) -> list[Row]:
+    """The rows of a table, none where there is no table yet."""
     try:
         return list(csv.DictReader(io.StringIO(table.read_text())))
     except FileNotFoundError:
         return []
 
 
-def _write(table: Path, rows: list[Row]) -> None:
+def write_rows(table: Path, rows: Sequence[Row]) -> None:
+    """Writes a table whole, with the columns of all its rows."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(itertools.chain(*rows))), restval="", lineterminator="\n")
     writer.writeheader()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastcfg.sweep import Sweep
+from fastcfg.sweep import Row, Sweep, read_rows, write_rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -30,7 +30,7 @@ def test_arms_are_sweeps_of_equal_strengths(arm: arms.Arm, tmp_path: Path) -> No
     assert sweep.reference == "/data:test"
 
 
-def row(setting: str, scale: float, frechet: float, others: float, error: float = 0.1, gflop: float = 20.0) -> report.Row:
+def row(setting: str, scale: float, frechet: float, others: float, error: float = 0.1, gflop: float = 20.0) -> Row:
     cells = {"setting": setting, "scale": f"{scale:g}", "steps": "25", "samples": "500", "gflop_a_sample": f"{gflop:g}"}
     for name in report.SHOWN:
         value = frechet if name == report.FD else others
@@ -43,8 +43,8 @@ def test_findings_are_the_tables(tmp_path: Path) -> None:
         row("CFG", 8, 30, 0.9), row("CFG", 1, 5, 0.5), row("CFG", 2, 4, 0.7),
         row("CFG in an interval", 2, 3.9, 0.6, gflop=15), row("dropout 0.5", 1, 9, 0.1), row("dropout 0.5", 2, 8, 0.1),
     ]  # fmt: skip
-    report.write(tmp_path / "table.csv", rows)
-    assert report.read(tmp_path / "table.csv") == rows
+    write_rows(tmp_path / "table.csv", rows)
+    assert read_rows(tmp_path / "table.csv") == rows
     found = list(report.findings(rows))
     assert found[0].startswith("CFG: best Frechet distance 4 ± 0.2 at s = 2, against 5 ± 0.2 at s = 1: smaller by 1 (7.1")
     assert "CFG: class accuracy rises to the last scale: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8" in found
@@ -78,7 +78,7 @@ def test_the_study_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names = ["CFG", "classifier on conditional"]
     options = argparse.Namespace(data=str(tmp_path), out=tmp_path / "out", samples=20, arms=names, reduced=True)
     study.run(options, tmp_path / "tradeoff.csv")
-    rows = report.read(tmp_path / "tradeoff.csv")
+    rows = read_rows(tmp_path / "tradeoff.csv")
     assert [(r["setting"], r["scale"]) for r in rows] == [
         ("real images", ""), ("CFG", "1"), ("CFG", "3"), ("classifier on conditional", "2"),
     ]  # fmt: skip
@@ -87,4 +87,4 @@ def test_the_study_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     study.run(options, tmp_path / "tradeoff.csv")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
-    assert report.read(tmp_path / "tradeoff.csv") == rows
+    assert read_rows(tmp_path / "tradeoff.csv") == rows

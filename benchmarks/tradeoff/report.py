@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastcfg.errors import Error
-from fastcfg.files import write_file
 from fastcfg.metrics import CONFIDENCE
 from fastcfg.plots import plot_tradeoff
+from fastcfg.sweep import Row
 from tradeoff import arms
 
 REAL = "real images"
 SHOWN = ("frechet_distance", "inception_score", "class_accuracy", "precision", "recall", "density", "coverage")
 FD = "frechet_distance"
-
-Row = dict[str, str]
-
-
-def read(table: Path) -> list[Row]:
-    """The rows of a table, none where there is no table yet."""
-    if not table.exists():
-        return []
-    return list(csv.DictReader(io.StringIO(table.read_text())))
-
-
-def write(table: Path, rows: Sequence[Row]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(table, lambda temporary: temporary.write_text(text.getvalue()))
 
 
 def text(rows: Sequence[Row]) -> str:
