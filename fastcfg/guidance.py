@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from fastcfg.errors import Error
 from fastcfg.schedules import Array
 
 BASES = ("null", "conditional")
+_LARGEST = float(np.finfo(np.float32).max)  # a scale is float32 in `Guidance.table`
+
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,14 @@ class Guidance:
         """The paper's form, (1 + w) eps_y - w eps_null: s = 1 + w."""
         return cls(scale=_checked_scale(w, name="w", least=0.0) + 1.0, **others)
 
+    def values(self, steps: int, rows: int, scale: Any = None) -> NDArray[np.float32]:
+        """The scale of every step and row [steps, rows]. scale: in place of its own, in the same forms."""
+        scale = self.scale if scale is None else _checked_scale(scale)
+        return _table("scale", scale, steps, rows, np.float32)
+
     def table(self, steps: int, rows: int) -> Tensor:
-        """The scale of every step and row, float32 [steps, rows]."""
-        return torch.from_numpy(_table("scale", self.scale, steps, rows).astype(np.float32))
+        """`values` as engines read them, float32 [steps, rows]."""
+        return torch.from_numpy(self.values(steps, rows))
 
     def combine(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction. cond, null: [B, C, ...]; scale: [B]. Rows with scale 1 are `cond` to the bit."""
@@ -124,16 +132,18 @@ class ClassifierGuidance:
 
     def table(self, steps: int, rows: int) -> Array:
         """The scale of every step and row, float64 [steps, rows]."""
-        return _table("classifier scale", self.scale, steps, rows)
+        return _table("classifier scale", self.scale, steps, rows, np.float64)
 
 
-def _table(name: str, scale: Array, steps: int, rows: int) -> Array:
+def _table(name: str, scale: Array, steps: int, rows: int, dtype: type[Real]) -> NDArray[Real]:
     """`scale`, as `_checked_scale` gave it, for every step and row [steps, rows]."""
     if scale.ndim == 1 and len(scale) != rows:
         raise Error(f"{name} has one value a row: {len(scale)} values arrived for {rows} rows")
     if scale.ndim == 2 and (scale.shape[0] != steps or scale.shape[1] not in (1, rows)):
         raise Error(f"{name} per step must be [{steps}, 1] or [{steps}, {rows}], got {list(scale.shape)}")
-    return np.broadcast_to(scale, (steps, rows))
+    table = np.empty((steps, rows), dtype)
+    table[:] = scale
+    return table
 
 
 def _std(x: Tensor) -> Tensor:
@@ -154,10 +164,9 @@ def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array
         raise Error(f"{name} must be a number or numbers, got {scale!r}") from None
     if values.ndim > 2 or values.size == 0:
         raise Error(f"{name} must be a number, one per row, or one per step and row, got shape {list(values.shape)}")
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(values.astype(np.float32))  # what `Guidance.table` makes of them
-    if not np.all(finite) or values.min() < least:
-        worst = values[~finite] if not np.all(finite) else [values.min()]
+    low, high = (values[()],) * 2 if values.ndim == 0 else (values.min(), values.max())
+    if not (low >= least and high <= _LARGEST):  # a NaN is the least and the largest
+        wrong = values[~((values >= least) & (values <= _LARGEST))]
         note = " (1 is no guidance; the paper's w is scale - 1)" if name == "scale" else ""
-        raise Error(f"{name} must be finite and at least {least:g}{note}, got {worst[0]}")
+        raise Error(f"{name} must be finite and at least {least:g}{note}, got {wrong[0]}")
     return values

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastcfg.ceilings import Ceilings
 from fastcfg.engines import Request, make_engine
+from fastcfg.engines.base import Rows
 from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm
 from fastcfg.errors import Error
 from fastcfg.explain import Explanation, explain
@@ -121,37 +122,37 @@ class Sampler:
         Any number of rows: they are split and padded to `batch`, which changes no bit of a sample.
         """
         y = self._labels(labels)
-        rows = len(y)
-        guidance = self._guidance(scale, w)
-        table = guidance.table(self.plan.steps, rows)
-        guided = (table != 1).numpy() & self.plan.guided[:, None]
+        rows, steps = y.shape[0], self.plan.steps
+        scales = self.guidance.values(steps, rows, _scale_of(scale, w))
+        asked = scales != 1
+        guided = asked & self.plan.guided[:, None]
         if self.model.null_label is None and guided.any():
             raise Error("the model has no null label (trained without label dropout): only scale 1 can be sampled")
         weight = self._classifier_weight(classifier_scale, rows)
-        if self._on_null and (table != 1).any():
+        if self._on_null and asked.any():
             raise Error("classifier guidance on base 'null' predicts nothing for y: scale must be 1, or base 'conditional'")
         seed, index = _counters(seeds, indices, rows)
         self._check_given(x_T, noise, rows)
-        result = torch.empty(rows, *self.model.shape, device=self.engine.device)
         conditions = torch.full_like(y, self.model.null_label) if self._on_null else y  # type: ignore[arg-type]
         pattern = guided if weight is None else np.concatenate([guided, weight != 0])
-        for part, steps in _batches(pattern, self.batch):
-            padded = torch.cat([part, part[-1:].expand(self.batch - len(part))])
-            request = Request(
-                labels=conditions[padded],
-                scale=table[:, padded],
-                guided=steps[: self.plan.steps],
-                seeds=seed[padded.numpy()],
-                indices=index[padded.numpy()],
-                x_T=None if x_T is None else x_T[padded.to(x_T.device)],
-                noise=None if noise is None else noise[:, padded.to(noise.device)],
-                classifier=self._term(y[padded], weight, padded.numpy(), steps[self.plan.steps :]),
-            )
+        call = Request(conditions, torch.from_numpy(scales), guided[:, 0], seed, index, x_T, noise)
+        result: Tensor | None = None
+        for part, count in _batches(pattern, self.batch):
+            whole = count == rows == self.batch
+            request = call if whole else call.rows(part, guided[:, part][:, 0])
+            if weight is not None:
+                request = replace(request, classifier=self._term(y[part], weight[:, part]))
             begin = time.perf_counter()
-            result[part.to(result.device)] = self.engine.run(request)[: len(part)]
+            samples = self.engine.run(request)
             self.last_seconds = time.perf_counter() - begin
+            if whole:
+                result = samples
+            else:
+                result = torch.empty(rows, *samples.shape[1:], device=samples.device) if result is None else result
+                result[part if isinstance(part, slice) else part[:count]] = samples[:count]
             if on_batch is not None:
-                on_batch(len(part))
+                on_batch(count)
+        assert result is not None
         return result
 
     def predict(self, x: Tensor, t: Tensor, labels: Sequence[int] | Tensor | None) -> Tensor:
@@ -201,17 +202,11 @@ class Sampler:
         if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise Error(f"labels must be whole numbers [B], at least one, got {array.dtype} {list(array.shape)}")
         last = (self.model.num_classes or 0) - 1
-        wrong = array[(array < 0) | (array > last)]
-        if len(wrong):
+        whole = array.astype(np.int64)
+        if whole.view(np.uint64).max() > last:  # where a negative number is a large one
+            wrong = array[(array < 0) | (array > last)]
             raise Error(f"label {wrong[0]} is out of range: the model's labels are 0..{last}")
-        return torch.from_numpy(array.astype(np.int64))
-
-    def _guidance(self, scale: Any, w: Any) -> Guidance:
-        if scale is not None and w is not None:
-            raise Error("give the guidance strength once: scale, or w = scale - 1")
-        if w is not None:
-            scale = Guidance.from_w(w).scale
-        return replace(self.guidance, scale=1.0 if scale is None else scale)
+        return torch.from_numpy(whole)
 
     @property
     def _on_null(self) -> bool:
@@ -229,14 +224,13 @@ class Sampler:
             asked = replace(asked, scale=scale)
         return asked.table(self.plan.steps, rows) * (column * self.plan.guided)[:, None]
 
-    def _term(
-        self, labels: Tensor, weight: Array | None, rows: NDArray[np.int64], steps: NDArray[np.bool_]
-    ) -> ClassifierTerm | None:
-        """The classifier's term of a batch of these rows, in these steps; None where there is none."""
-        if self._gradient is None or weight is None or not steps.any():
+    def _term(self, labels: Tensor, weight: Array) -> ClassifierTerm | None:
+        """The classifier's term of a batch of rows, whose weights [steps, B] are zero in the same steps; None where in all."""
+        steps = weight[:, 0] != 0
+        if self._gradient is None or not steps.any():
             return None
         device = self.engine.device
-        return ClassifierTerm(self._gradient, labels.to(device), torch.from_numpy(weight[:, rows]).to(device), steps)
+        return ClassifierTerm(self._gradient, labels.to(device), torch.from_numpy(weight).to(device), steps)
 
     def _check_given(self, x_T: Any, noise: Any, rows: int) -> None:
         shape = (rows, *self.model.shape)
@@ -259,18 +253,31 @@ def _check_base(asked: ClassifierGuidance, model: Denoiser, guidance: Guidance) 
         raise Error("rescale and guidance_channels are classifier-free guidance's, and base 'null' has none: leave them out")
 
 
-def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
-    """Splits rows into batches that are guided in the same steps: (row numbers, those steps [steps]).
+def _scale_of(scale: Any, w: Any) -> Any:
+    if scale is not None and w is not None:
+        raise Error("give the guidance strength once: scale, or w = scale - 1")
+    if w is not None:
+        return Guidance.from_w(w).scale
+    return 1.0 if scale is None else scale
+
+
+def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Rows, int]]:
+    """Splits rows into batches that are guided in the same steps: (`batch` row numbers, how many of them count).
 
     guided: [steps, rows], or [2 steps, rows] with a classifier's steps after the others. A row then never pays for a
-    neighbour's null forward or gradient, nor does its arithmetic depend on it.
+    neighbour's null forward or gradient, nor does its arithmetic depend on it. What fills a batch repeats its last row.
     """
+    rows = guided.shape[1]
+    if rows % batch == 0 and (rows == 1 or (guided == guided[:, :1]).all()):
+        yield from ((slice(start, start + batch), batch) for start in range(0, rows, batch))  # views: no copies
+        return
     groups: dict[bytes, list[int]] = {}
     for row, pattern in enumerate(np.ascontiguousarray(np.packbits(guided, axis=0).T)):
         groups.setdefault(pattern.tobytes(), []).append(row)
-    for rows in groups.values():
-        for part in torch.tensor(rows).split(batch):
-            yield part, guided[:, rows[0]]
+    for members in groups.values():
+        for start in range(0, len(members), batch):
+            part = members[start : start + batch]
+            yield np.array(part + part[-1:] * (batch - len(part))), len(part)
 
 
 def _counters(seeds: Any, indices: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastcfg.engines.classifier import ClassifierTerm
+
+Rows: TypeAlias = "slice | NDArray[np.int64]"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,18 @@ class Request:
     x_T: Tensor | None = None
     noise: Tensor | None = None
     classifier: ClassifierTerm | None = None
+
+    def rows(self, rows: Rows, guided: NDArray[np.bool_]) -> Request:
+        """The request for some of its rows, which are guided in these steps; without a classifier's term."""
+        return Request(
+            labels=self.labels[rows],
+            scale=self.scale[:, rows],
+            guided=guided,
+            seeds=self.seeds[rows],
+            indices=self.indices[rows],
+            x_T=None if self.x_T is None else self.x_T[rows],
+            noise=None if self.noise is None else self.noise[:, rows],
+        )
 
 
 class Engine(Protocol):
