@@ -41,23 +41,45 @@ def row(setting: str, scale: float, frechet: float, others: float, error: float 
 def test_findings_are_the_tables(tmp_path: Path) -> None:
     rows = [
         row("CFG", 8, 30, 0.9), row("CFG", 1, 5, 0.5), row("CFG", 2, 4, 0.7),
-        row("CFG in an interval", 2, 3.9, 0.6, gflop=15), row("dropout 0.5", 1, 9, 0.1), row("dropout 0.5", 2, 8, 0.1),
+        row("CFG in an interval", 2, 3.9, 0.6, gflop=15),
+        row("dropout 0.1", 1, 7, 0.1), row("dropout 0.5", 1, 9, 0.1), row("dropout 0.5", 2, 8, 0.1),
     ]  # fmt: skip
     write_rows(tmp_path / "table.csv", rows)
     assert read_rows(tmp_path / "table.csv") == rows
     found = list(report.findings(rows))
     assert found[0].startswith("CFG: best Frechet distance 4 ± 0.2 at s = 2, against 5 ± 0.2 at s = 1: smaller by 1 (7.1")
-    assert "CFG: class accuracy rises to the last scale: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8" in found
-    assert "CFG: recall falls up to s = 1: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8" in found  # that is: it does not
+    assert "CFG: class accuracy rises with every scale: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8" in found
+    assert "CFG: recall does not fall: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8" in found
     interval = next(line for line in found if line.startswith("CFG in an interval"))
     assert "3.9 ± 0.2 at scale 2, 0.1 (0.7 standard errors) below CFG's best, for 75% of its FLOPs" in interval
-    assert found[-1] == "dropout 0.5: best Frechet distance 8 ± 0.2 at s = 2, 9 ± 0.2 at s = 1"
+    assert found[-2:] == [
+        "dropout 0.1: best Frechet distance 7 ± 0.2 at s = 1, 1 (7.1 standard errors) below that of dropout 0.5; "
+        "7 ± 0.2 at s = 1",
+        "dropout 0.5: best Frechet distance 8 ± 0.2 at s = 2; 9 ± 0.2 at s = 1",
+    ]
     table = report.text(rows)
     assert table.splitlines()[2].startswith("| CFG | 1 | 20 | 5 ± 0.2 | 0.5 ± 0.2 |")
     report.draw(rows, tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"tradeoff-guidance.png", "tradeoff-dropout.png"}
     # the interval's line begins at CFG's unguided point, which is its own
     assert [point["scale"] for point in report.line(rows, arms.KINDS[1])] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("values", "way"),
+    [
+        ((0.5, 0.7, 0.9), "rises with every scale: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8"),
+        (
+            (0.5, 0.4, 0.9),
+            "is highest at the last scale, and does not rise with every one: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8",
+        ),
+        ((0.5, 0.9, 0.7), "is highest at s = 2 (0.9 ± 0.2): 0.5 ± 0.2 at s = 1, 0.7 ± 0.2 at s = 8"),
+        ((0.9, 0.7, 0.8), "does not rise: 0.9 ± 0.2 at s = 1, 0.8 ± 0.2 at s = 8"),
+    ],
+)
+def test_a_finding_says_which_way_a_figure_goes(values: tuple[float, ...], way: str) -> None:
+    rows = [row("CFG", scale, 5, value) for scale, value in zip((1, 2, 8), values, strict=True)]
+    assert f"CFG: class accuracy {way}" in list(report.findings(rows))
 
 
 def write_idx(folder: Path, prefix: str, count: int) -> None:

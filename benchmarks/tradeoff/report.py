@@ -57,13 +57,17 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
             if own:
                 yield _beside(arm.name, _best(own), _best(cfg))
     small = {arm.name: own for arm in arms.SMALL if (own := _of(rows, arm.name))}
+    largest = small.get(arms.SMALL[-1].name)
     for name, own in small.items():
-        best = _best(own)
-        yield f"{name}: best Frechet distance {_shown(best, FD)} at s = {best['scale']}, {_shown(own[0], FD)} at s = 1"
+        best, beside = _best(own), ""
+        if largest is not None and own is not largest:
+            other = _best(largest)
+            beside = f", {_sure(best, other, FD)} {_side(best, other)} that of {arms.SMALL[-1].name}"
+        yield f"{name}: best Frechet distance {_shown(best, FD)} at s = {best['scale']}{beside}; {_shown(own[0], FD)} at s = 1"
 
 
 def _of_one_network(cfg: Sequence[Row]) -> Iterator[str]:
-    first, best, last = cfg[0], _best(cfg), cfg[-1]
+    first, best = cfg[0], _best(cfg)
     if best is first:
         yield f"CFG: no scale has a smaller Frechet distance than s = 1 ({_shown(first, FD)})"
     else:
@@ -72,22 +76,37 @@ def _of_one_network(cfg: Sequence[Row]) -> Iterator[str]:
             f"smaller by {_sure(best, first, FD)}"
         )
     for name, up in (("inception_score", True), ("class_accuracy", True), ("precision", True), ("recall", False)):
-        words = name.replace("_", " ")
-        values = [float(row[name]) for row in cfg]
-        peak = (max if up else min)(range(len(cfg)), key=lambda i: values[i])
-        way = "rises" if up else "falls"
-        to = "to the last scale" if peak == len(cfg) - 1 else f"up to s = {cfg[peak]['scale']}"
-        yield f"CFG: {words} {way} {to}: {_shown(first, name)} at s = 1, {_shown(last, name)} at s = {last['scale']}"
+        yield f"CFG: {name.replace('_', ' ')} {_way(cfg, name, up)}"
+
+
+def _way(rows: Sequence[Row], name: str, up: bool) -> str:
+    """How a figure goes with the scale, for a claim that it goes up (or down)."""
+    first, last = rows[0], rows[-1]
+    values = [float(row[name]) if up else -float(row[name]) for row in rows]
+    peak = values.index(max(values))
+    way, ends = ("rise", "highest") if up else ("fall", "lowest")
+    figures = f"{_shown(first, name)} at s = 1, {_shown(last, name)} at s = {last['scale']}"
+    if peak == 0:
+        return f"does not {way}: {figures}"
+    if values == sorted(values):
+        return f"{way}s with every scale: {figures}"
+    if peak == len(rows) - 1:
+        return f"is {ends} at the last scale, and does not {way} with every one: {figures}"
+    return f"is {ends} at s = {rows[peak]['scale']} ({_shown(rows[peak], name)}): {figures}"
 
 
 def _beside(name: str, own: Row, cfg: Row) -> str:
     ratio = float(own["gflop_a_sample"]) / float(cfg["gflop_a_sample"])
     return (
         f"{name}: best Frechet distance {_shown(own, FD)} at scale {own['scale']}, {_sure(own, cfg, FD)} "
-        f"{'below' if float(own[FD]) < float(cfg[FD]) else 'above'} CFG's best, for {ratio:.0%} of its FLOPs; "
+        f"{_side(own, cfg)} CFG's best, for {ratio:.0%} of its FLOPs; "
         f"class accuracy {_shown(own, 'class_accuracy')}, recall {_shown(own, 'recall')} "
         f"(CFG there: {_shown(cfg, 'class_accuracy')}, {_shown(cfg, 'recall')})"
     )
+
+
+def _side(a: Row, b: Row) -> str:
+    return "below" if float(a[FD]) < float(b[FD]) else "above"
 
 
 def _sure(a: Row, b: Row, name: str) -> str:
