@@ -199,7 +199,8 @@ def _obstacle(model: Denoiser, engine: str) -> str | None:
 
         return cuda.why_not_fused(model)
     if engine != "cpu":
-        return f"engine {engine!r} runs the module as it is"
+        what = "the blocks as OpenVINO's graph" if engine == "openvino" else "the module as it is"
+        return f"engine {engine!r} runs {what}"
     return None if is_plain_dit(model.module) else f"{type(model.module).__name__} is not the package's DiT"
 
 

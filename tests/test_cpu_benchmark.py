@@ -48,6 +48,7 @@ def test_everyone_who_is_installed_is_checked_and_timed(dry_run) -> None:
     _, rows, _ = dry_run
     want = {("fastcfg", dtype) for dtype in (*DTYPES, *["int8"] * has_int8())} | {("fastcfg's reference engine", "fp32")}
     for dtype in DTYPES:
+        want |= {("fastcfg, engine openvino", dtype)} if openvino_version() else set()
         want |= {(f"diffusers, {how}", dtype) for how in ("eager", "compiled") if peers.installed("diffusers")}
         want |= {("our module, compiled", dtype)} if peers.installed("diffusers") else set()
         want |= {("OpenVINO", dtype)} if openvino_version() and peers.installed("diffusers") else set()
@@ -67,9 +68,10 @@ def test_figures_follow_from_each_other(dry_run) -> None:
         assert float(row["fraction"]) == pytest.approx(float(row["value"]) / rate[row["dtype"]], rel=1e-3)
     medians = {(row["name"], row["dtype"]): float(row["p50_ms"]) for row in of(rows, "loop")}
     for row in of(rows, "ratio"):
-        peer, theirs = row["name"].split()[:2]
+        peer, theirs = row["name"].replace(",", "").split()[:2]
         best = min(ms for (name, dtype), ms in medians.items() if name.startswith(peer) and dtype == theirs)
-        assert float(row["value"]) == pytest.approx(best / medians["fastcfg", row["dtype"]], rel=1e-3)
+        ours = "fastcfg, engine openvino" if "engine openvino" in row["name"] else "fastcfg"
+        assert float(row["value"]) == pytest.approx(best / medians[ours, row["dtype"]], rel=1e-3)
 
 
 def test_rows_say_where_they_were_measured(dry_run) -> None:
@@ -149,7 +151,7 @@ def test_other_samples_are_refused(tmp_path: Path) -> None:
         for contender in peers._fastcfg(one)
         if contender.dtype == "fp32"
     ]
-    sections._compare(report, case, ready[:2])
+    sections._compare(report, case, ready[: len(ready) // 2])
     with pytest.raises(Error, match="another function"):
         sections._compare(report, case, ready)
 

@@ -66,6 +66,9 @@ def _dtypes() -> list[str]:
 def _fastcfg(case: Case) -> Iterator[Contender]:
     for dtype in (*_dtypes(), *["int8"] * has_int8()):
         yield Contender("fastcfg", dtype, {"": _sampler_loop(case, "cpu", dtype)})
+    if installed("openvino"):
+        for dtype in _dtypes():
+            yield Contender("fastcfg, engine openvino", dtype, {"": _sampler_loop(case, "openvino", dtype)})
     yield Contender("fastcfg's reference engine", "fp32", {"": _sampler_loop(case, "reference", "fp32")}, once=True)
 
 

@@ -20,7 +20,7 @@ from fastcfg.engines.cpu_ops import has_bf16
 from fastcfg.errors import Error
 
 Key = tuple[str, str]  # contender, dtype
-OURS, REFERENCE, PRODUCT = "fastcfg", "fastcfg's reference engine", "matrix product"
+OURS, REFERENCE, PRODUCT = ("fastcfg", "fastcfg, engine openvino"), "fastcfg's reference engine", "matrix product"
 # Of samples from the reference engine's, in norm; another label makes a difference of about 1
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.2, "int8": 0.2}
 # OpenVINO's bf16 holds for the angles t / 10000^(i / 127) too, and around 750 its values are 4 apart
@@ -115,9 +115,10 @@ def _loop_row(report: Report, case: Case, one: _Ready, seconds: list[float], rat
 
 
 def _ratios(report: Report, case: Case, medians: dict[Key, float]) -> None:
-    for dtype, peer, theirs, target in TARGETS:
-        others = [ms for (name, other), ms in medians.items() if name.startswith(peer) and other == theirs]
-        if others and (OURS, dtype) in medians:
-            ratio = min(others) / medians[OURS, dtype]
-            name = f"{peer} {theirs} (target {target:g})"
-            report.row("ratio", name, ratio, "times as fast", shape=case.title, dtype=dtype, fraction=ratio / target)
+    for ours in OURS:
+        for dtype, peer, theirs, target in TARGETS:
+            others = [ms for (name, other), ms in medians.items() if name.startswith(peer) and other == theirs]
+            if others and (ours, dtype) in medians:
+                ratio = min(others) / medians[ours, dtype]
+                name = f"{peer} {theirs}{ours.removeprefix(OURS[0])} (target {target:g})"
+                report.row("ratio", name, ratio, "times as fast", shape=case.title, dtype=dtype, fraction=ratio / target)

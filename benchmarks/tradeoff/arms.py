@@ -36,10 +36,10 @@ class Arm:
     def scales(self, common: tuple[float, ...]) -> list[float]:
         return [s - self.less for s in common if not (self.from_cfg and s == 1.0)]
 
-    def toml(self, samples: int, scales: tuple[float, ...], data: str) -> str:
+    def toml(self, samples: int, scales: tuple[float, ...], data: str, engine: str = "auto") -> str:
         """Its sweep: TOML and JSON agree on text, numbers and lists of them."""
         job = {"checkpoint": "fashion-mnist", "labels": "balanced", "count": samples, "scales": self.scales(scales)}
-        job |= {"steps": STEPS, "dtype": "fp32", "unit_size": UNIT, "batch": BATCH} | self.spec
+        job |= {"steps": STEPS, "dtype": "fp32", "engine": engine, "unit_size": UNIT, "batch": BATCH} | self.spec
         lines = [f"{key} = {json.dumps(value)}" for key, value in job.items()]
         return "\n".join([*lines, "", "[eval]", f"reference = {json.dumps(data + ':test')}", 'features = "fashion-cnn"', ""])
 

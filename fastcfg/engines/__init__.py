@@ -1,4 +1,5 @@
-"""Engines: each runs a plan on a model. `reference` is the definition, `cpu` the fast one on a CPU, `cuda` on a GPU."""
+"""Engines: each runs a plan on a model. `reference` is the definition, `cpu` the fast one on a CPU, `openvino` the same
+with OpenVINO's products, `cuda` the one on a GPU."""
 
 from __future__ import annotations
 
@@ -26,11 +27,20 @@ def make_cuda_engine(model: Denoiser, plan: Plan, device: torch.device, dtype: t
     return CudaEngine(model, plan, device, dtype)
 
 
+def make_openvino_engine(model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None) -> Engine:
+    """The openvino engine, imported when it is asked for."""
+    from fastcfg.engines.openvino_dit import OpenVinoEngine
+
+    return OpenVinoEngine(model, plan, device, dtype)
+
+
 ENGINES: dict[str, Callable[[Denoiser, Plan, torch.device, torch.dtype | None], Engine]] = {
     "reference": ReferenceEngine,
     "cpu": make_cpu_engine,
+    "openvino": make_openvino_engine,
     "cuda": make_cuda_engine,
 }
+ON_CPU = ("cpu", "openvino")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
@@ -44,7 +54,7 @@ def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str)
         raise Error(f"unknown engine {name!r}: known are auto, {', '.join(ENGINES)}")
     if dtype != "auto" and dtype not in DTYPES:
         raise Error(f"unknown dtype {dtype!r}: known are auto, {', '.join(DTYPES)}")
-    where = find_device("cpu" if name == "cpu" and device == "auto" else device)
+    where = find_device("cpu" if name in ON_CPU and device == "auto" else device)
     kind = _best(model, where, dtype) if name == "auto" else name
     return ENGINES[kind](model, plan, where, None if dtype == "auto" else DTYPES[dtype])
 

@@ -156,7 +156,8 @@ class CpuEngine:
         module = self.model.module
         assert isinstance(module, DiT)
         shallow, config = replace(self.model, module=_first_block(module)), module.config
-        question = f"dtype of a DiT of width {config.hidden_size}, {config.num_heads} heads, {config.tokens} tokens"
+        kind = f"a DiT of width {config.hidden_size}, {config.num_heads} heads, {config.tokens} tokens"
+        question = f"dtype of {kind}, engine {self.name}"
 
         def option(dtype: torch.dtype) -> Callable[[], object]:
             program = self._make_program(shallow, dtype)

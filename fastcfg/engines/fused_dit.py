@@ -188,9 +188,7 @@ class FusedDiT:
         embedding = module.x_embedder.proj
         assert embedding.bias is not None
         self.embedding = [self._copy(p) for p in (embedding.weight, embedding.bias, module.pos_embed[0])]
-        self._blocks = [self._pack_block(block) for block in module.blocks]
-        self.last = self._pack([module.final_layer.linear], config.tokens, sensitive=True)
-        self.last_eps = module.final_layer.norm_final.eps
+        self._pack_trunk(module)
         self.last_column = 6 * config.hidden_size * config.depth
         self.table_width = self.last_column + 2 * config.hidden_size
         self._conditions = self._pack_conditions(module)
@@ -374,6 +372,12 @@ class FusedDiT:
         weight = torch.cat([layer.weight.detach() for layer in layers]).to(self.device, self.dtype)
         bias = torch.cat([layer.bias.detach() for layer in layers]).to(self.device, self.dtype)
         return self.operations.pack(weight, bias, rows=rows, sensitive=sensitive)
+
+    def _pack_trunk(self, module: DiT) -> None:
+        """What `denoise` needs of the weights."""
+        self._blocks = [self._pack_block(block) for block in module.blocks]
+        self.last = self._pack([module.final_layer.linear], self.config.tokens, sensitive=True)
+        self.last_eps = module.final_layer.norm_final.eps
 
     def _pack_block(self, block: nn.Module) -> _Block:
         assert isinstance(block, DiTBlock)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache
 from importlib import metadata
@@ -69,11 +69,12 @@ class OpenVinoForward:
         # OpenVINO computes on the tensors that it is given, so they must be nobody else's to change, and must live as long
         self._module = copy.deepcopy(module).float()
         wide = [value.float() if value.is_floating_point() else value for value in (x, t, y)]
-        self._infer = _compile(_Plain(self._module).eval(), wide, PRECISIONS[dtype])
+        graph = convert(_Plain(self._module).eval(), wide)
+        self._request = compile_graph(graph, dtype, torch.get_num_threads()).create_infer_request()
         self._check(call_module(module, x, t, y).float(), call_module(self._module, *wide), wide, dtype)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch.from_numpy(self._infer([_array(value) for value in (x, t, y)]))
+        return torch.from_numpy(self._request.infer([_array(value) for value in (x, t, y)], share_inputs=True)[0])
 
     def _check(self, own: Tensor, exact: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> None:
         """own, exact: the module's outputs in `dtype` and in float32."""
@@ -94,31 +95,37 @@ class _Plain(nn.Module):
         return call_module(self.inner, x, t, y)
 
 
-def _compile(module: nn.Module, inputs: list[Tensor], precision: str) -> Callable[[list[Any]], Any]:
-    """NumPy inputs -> NumPy output, a new array. By way of the frontend, which needs no `openvino.convert_model`."""
+def convert(module: nn.Module, inputs: list[Tensor], any_rows: bool = False) -> Any:
+    """The module's forward on these inputs as an OpenVINO graph. any_rows: the inputs' first dimension, of at least 2, is left
+    open. By way of the frontend, which needs no `openvino.convert_model`."""
     core()  # first, so that no other import of OpenVINO comes before
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
     from torch.export.decomp_utils import CustomDecompTable
 
+    dynamic = tuple({0: torch.export.Dim("rows")} for _ in inputs) if any_rows else None
     with warnings.catch_warnings(), redirect_stderr(StringIO()):  # torch prints the graph of what it cannot export
         warnings.simplefilter("ignore")
-        exported = torch.export.export(module, tuple(inputs))
+        exported = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic)
         decompositions = CustomDecompTable()
         for operation in ops_to_not_decompose():
             if operation in decompositions:
                 decompositions.pop(operation)
-        decoder = TorchFXPythonDecoder(exported.run_decompositions(decompositions).module(), dynamic_shapes=False)
+        decoder = TorchFXPythonDecoder(exported.run_decompositions(decompositions).module(), dynamic_shapes=any_rows)
     frontend = FrontEndManager().load_by_framework("pytorch")
+    return frontend.convert(frontend.load(decoder))
+
+
+def compile_graph(graph: Any, dtype: torch.dtype, threads: int, streams: int = 1) -> Any:
+    """OpenVINO's compiled model for this CPU. streams: requests that run at once, of threads / streams threads each."""
     options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": streams,
     }
-    compiled = core().compile_model(frontend.convert(frontend.load(decoder)), "CPU", options)
-    request = compiled.create_infer_request()
-    return lambda arrays: request.infer(arrays, share_inputs=True)[0]
+    return core().compile_model(graph, "CPU", options)
 
 
 def _array(value: Tensor) -> Any:
