@@ -28,12 +28,14 @@ from plot import draw
 from fastcfg.errors import Error
 from fastcfg.plots import pyplot
 
+DTYPES = ["fp32", "bf16", "int8"]
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, two rounds, nothing compiled")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="these and fp32 alone, where others crawl")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV and the plot")
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -43,7 +45,7 @@ def main() -> int:
         pyplot()  # before the work
         report = Report(path, this_machine(cores))
         path.parent.mkdir(parents=True, exist_ok=True)
-        _session(report, cores, arguments.dry_run)
+        _session(report, cores, ["fp32", *arguments.dtypes], arguments.dry_run)
         print(tables(report))
         draw(list(csv.DictReader(path.read_text().splitlines())), path.with_suffix(".png"), ["loop"])
     except Error as error:
@@ -52,14 +54,14 @@ def main() -> int:
     return 0
 
 
-def _session(report: Report, cores: int, dry: bool) -> None:
+def _session(report: Report, cores: int, dtypes: list[str], dry: bool) -> None:
     report.row("note", "load average of the machine at the start", f"{os.getloadavg()[0]:.2f}", "tasks")
     for peer in absent():
         report.row("note", peer, "left out: not installed", "note")
-    products = list(matrix_products(cores, dry))
+    products = [products for products in matrix_products(cores, dry) if products.dtype in dtypes]
     for case in make_cases(dry):
         loops(report, case, products, _rounds(90, dry), cores, dry)
-    overhead(report, overhead_case(dry), _rounds(10, dry))
+    overhead(report, overhead_case(dry), dtypes, _rounds(10, dry))
 
 
 def _rounds(seconds: float, dry: bool) -> Rounds:

@@ -54,7 +54,7 @@ def test_calls_at_batch_1_keep_nothing_and_ask_the_system_for_nothing():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 600
     tracemalloc.start()
     try:
-        calls(200)  # until Python's own lists of freed tuples, which begin untraced, are full of traced ones
+        calls(100)  # until Python's own lists of freed tuples, which begin untraced, are full of traced ones
         kept = tracemalloc.get_traced_memory()[0]
         calls(100)
         assert tracemalloc.get_traced_memory()[0] - kept < 20_000

@@ -52,10 +52,12 @@ class _Ready:
 
 
 def loops(report: Report, case: Case, products: list[Products], rounds: Rounds, cores: int, dry: bool) -> None:
-    """Everyone's time for the case: samples compared first, then calls and matrix products in turn."""
+    """Everyone's time for the case, in the products' dtypes: samples compared first, then calls and matrix products in turn."""
     torch.compiler.reset()
-    ready = []
+    ready, dtypes = [], [p.dtype for p in products]
     for contender in contenders(case, cores, dry):
+        if contender.dtype not in dtypes:
+            continue
         try:
             ready.append(_prepare(contender, case.steps))
         except TorchDynamoException as error:  # no compiler
@@ -73,9 +75,9 @@ def loops(report: Report, case: Case, products: list[Products], rounds: Rounds, 
     _ratios(report, case, medians)
 
 
-def overhead(report: Report, case: Case, rounds: Rounds) -> None:
-    """A small call, and the products in it."""
-    for dtype in ("fp32", *["bf16"] * has_bf16()):
+def overhead(report: Report, case: Case, dtypes: list[str], rounds: Rounds) -> None:
+    """A small call, and the products in it, in those of the dtypes that are floating-point ones here."""
+    for dtype in [dtype for dtype in ("fp32", *["bf16"] * has_bf16()) if dtype in dtypes]:
         calls = call_and_products(case, dtype)
         for call in calls.values():
             call()
