@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from fastcfg.ceilings import Ceilings
 from fastcfg.engines import Request, make_engine
-from fastcfg.engines.base import Rows
-from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm
+from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm, Rows
 from fastcfg.errors import Error
 from fastcfg.explain import Explanation, explain
 from fastcfg.guidance import ClassifierGuidance, Guidance, Interval
@@ -142,13 +141,11 @@ class Sampler:
             request = call if whole else call.rows(part, guided[:, part][:, 0])
             if weight is not None:
                 request = replace(request, classifier=self._term(y[part], weight[:, part]))
-            begin = time.perf_counter()
-            samples = self.engine.run(request)
-            self.last_seconds = time.perf_counter() - begin
+            samples = self._run(request)
             if whole:
                 result = samples
             else:
-                result = torch.empty(rows, *samples.shape[1:], device=samples.device) if result is None else result
+                result = samples.new_empty(rows, *samples.shape[1:]) if result is None else result
                 result[part if isinstance(part, slice) else part[:count]] = samples[:count]
             if on_batch is not None:
                 on_batch(count)
@@ -187,6 +184,12 @@ class Sampler:
         self.engine.refresh()
         if self._gradient is not None:
             self._gradient.refresh()
+
+    def _run(self, request: Request) -> Tensor:
+        begin = time.perf_counter()
+        samples = self.engine.run(request)
+        self.last_seconds = time.perf_counter() - begin
+        return samples
 
     def _labels(self, labels: Any) -> Tensor:
         null = self.model.null_label

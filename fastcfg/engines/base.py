@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcfg.engines.classifier import ClassifierTerm
-
-Rows: TypeAlias = "slice | NDArray[np.int64]"
+from fastcfg.engines.classifier import ClassifierTerm, Rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Request:
     classifier: ClassifierTerm | None = None
 
     def rows(self, rows: Rows, guided: NDArray[np.bool_]) -> Request:
-        """The request for some of its rows, which are guided in these steps; without a classifier's term."""
+        """The request for some of its rows, which are guided in these steps."""
         return Request(
             labels=self.labels[rows],
             scale=self.scale[:, rows],
@@ -44,6 +42,7 @@ class Request:
             indices=self.indices[rows],
             x_T=None if self.x_T is None else self.x_T[rows],
             noise=None if self.noise is None else self.noise[:, rows],
+            classifier=None if self.classifier is None else self.classifier.rows(rows),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.plan import Plan
 from fastcfg.schedules import Schedule
+
+Rows: TypeAlias = "slice | NDArray[np.int64]"  # of a request
 
 
 class ClassifierGradient:
@@ -92,7 +95,7 @@ class ClassifierTerm:
     weight: Tensor
     steps: NDArray[np.bool_]
 
-    def rows(self, rows: slice) -> ClassifierTerm:
+    def rows(self, rows: Rows) -> ClassifierTerm:
         """The term of some of its rows."""
         return replace(self, labels=self.labels[rows], weight=self.weight[:, rows])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -61,7 +60,8 @@ class CpuModuleEngine(ReferenceEngine):
 
     def run(self, request: Request) -> Tensor:
         with self._turn:
-            return torch.cat([ReferenceEngine.run(self, _row(request, b)) for b in range(len(request.labels))])
+            rows = [request.rows(slice(b, b + 1), request.guided) for b in range(len(request.labels))]
+            return torch.cat([ReferenceEngine.run(self, row) for row in rows])
 
     def _check_module(self) -> None:
         super()._check_module()
@@ -130,18 +130,3 @@ class _UnusableError(Exception):
     def __init__(self, name: str, error: Exception):
         super().__init__((str(error).splitlines() or [type(error).__name__])[0])
         self.name = name
-
-
-def _row(request: Request, b: int) -> Request:
-    """One row of `request`."""
-    rows = slice(b, b + 1)
-    return replace(
-        request,
-        labels=request.labels[rows],
-        scale=request.scale[:, rows],
-        seeds=request.seeds[rows],
-        indices=request.indices[rows],
-        x_T=None if request.x_T is None else request.x_T[rows],
-        noise=None if request.noise is None else request.noise[:, rows],
-        classifier=None if request.classifier is None else request.classifier.rows(rows),
-    )
