@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 import fastcfg
+from fastcfg.engines.openvino_module import openvino_version
 from fastcfg.noise import normal
 from fastcfg.plan import make_plan
 from fastcfg.schedules import linear
+
+needs_openvino = pytest.mark.skipif(openvino_version() is None, reason="OpenVINO is not installed")
 
 
 def test_plan(benchmark: Any) -> None:
@@ -28,8 +31,9 @@ def test_noise(benchmark: Any) -> None:
     ids=["unguided", "guided", "guided in half of the steps"],
 )
 @pytest.mark.parametrize("batch", [1, 16])
-def test_shipped_model(benchmark: Any, batch: int, scale: float, interval: Any) -> None:
+@pytest.mark.parametrize("engine", ["auto", pytest.param("openvino", marks=needs_openvino)])
+def test_shipped_model(benchmark: Any, engine: str, batch: int, scale: float, interval: Any) -> None:
     """Ten DDIM steps of the shipped model: one forward a row, two, and two in half of the steps."""
-    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=10, batch=batch, interval=interval)
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=10, batch=batch, interval=interval, engine=engine)
     labels = [i % 10 for i in range(batch)]
     benchmark.pedantic(sampler, args=(labels, scale), rounds=5, warmup_rounds=1)
