@@ -2,6 +2,7 @@
 
 torch's libraries choose their code by the processor, and each choice adds up in another order. Held to instructions that all
 have, they round alike everywhere. They read the choice when they first compute, so it belongs in a process's environment.
+NumPy's, which Triton's interpreter uses, are not among them.
 """
 
 from __future__ import annotations
