@@ -35,13 +35,15 @@ def make_cpu_engine(model: Denoiser, plan: Plan, device: torch.device, dtype: to
 
     Raises Error for a device or dtype that the engine has not.
     """
-    if device.type != "cpu":
-        raise Error(f"engine 'cpu' runs on the CPU, got device {str(device)!r}")
+    refuse_other_devices("cpu", device)
     if not is_plain_dit(model.module):
         return CpuModuleEngine(model, plan, device, dtype)
-    if isinstance(model.null_label, Tensor):
-        raise Error("a DiT's null label is a whole number, got a tensor")
     return CpuEngine(model, plan, device, dtype)
+
+
+def refuse_other_devices(engine: str, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise Error(f"engine {engine!r} runs on the CPU, got device {str(device)!r}")
 
 
 class CpuEngine:
@@ -63,6 +65,8 @@ class CpuEngine:
         dtype: torch.dtype | None = None,
         workers: int | None = None,
     ):
+        if isinstance(model.null_label, Tensor):
+            raise Error("a DiT's null label is a whole number, got a tensor")
         if dtype is not None and dtype not in NAMES:
             raise Error(f"engine 'cpu' computes in {', '.join(NAMES.values())}, got {str(dtype).removeprefix('torch.')}")
         if dtype == torch.int8 and not has_int8():

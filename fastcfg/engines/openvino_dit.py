@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcfg.engines.cpu import CpuEngine
+from fastcfg.engines.cpu import CpuEngine, refuse_other_devices
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, is_plain_dit
 from fastcfg.engines.openvino_module import PRECISIONS, compile_graph, convert, openvino_version
@@ -34,9 +34,8 @@ class OpenVinoEngine(CpuEngine):
     ):
         if openvino_version() is None:
             raise Error("engine 'openvino' needs OpenVINO: pip install 'fastcfg[openvino]'")
-        if device.type != "cpu":
-            raise Error(f"engine 'openvino' runs on the CPU, got device {str(device)!r}")
-        if not is_plain_dit(model.module) or isinstance(model.null_label, Tensor):
+        refuse_other_devices(self.name, device)
+        if not is_plain_dit(model.module):
             raise Error(
                 f"engine 'openvino' is for DiT models, and this is a {type(model.module).__name__}: engine 'cpu' takes it"
             )
