@@ -58,10 +58,10 @@ def _session(report: Report, cores: int, dtypes: list[str], dry: bool) -> None:
     report.row("note", "load average of the machine at the start", f"{os.getloadavg()[0]:.2f}", "tasks")
     for peer in absent():
         report.row("note", peer, "left out: not installed", "note")
-    products = [products for products in matrix_products(cores, dry) if products.dtype in dtypes]
+    products = list(matrix_products(cores, dtypes, dry))
     for case in make_cases(dry):
         loops(report, case, products, _rounds(90, dry), cores, dry)
-    overhead(report, overhead_case(dry), dtypes, _rounds(10, dry))
+    overhead(report, overhead_case(dry), [p.dtype for p in products if p.dtype != "int8"], _rounds(10, dry))
 
 
 def _rounds(seconds: float, dry: bool) -> Rounds:

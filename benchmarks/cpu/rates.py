@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,12 @@ class Products:
     flops: int
 
 
-def matrix_products(cores: int, dry: bool) -> Iterator[Products]:
-    """For each dtype that the CPU has, those of the shape that runs best."""
+def matrix_products(cores: int, dtypes: Sequence[str], dry: bool) -> Iterator[Products]:
+    """For each of the dtypes that the CPU has, those of the shape that runs best."""
     workers = Workers(cores)
     for dtype in ("fp32", *["bf16"] * has_bf16(), *["int8"] * has_int8()):
+        if dtype not in dtypes:
+            continue
         found = [_repeated(workers, dtype, shape, 0 if dry else SECONDS) for shape in (SHAPES[:1] if dry else SHAPES)]
         yield max(found, key=lambda products: products.flops / min(seconds_of(products.call) for _ in range(3)))
 

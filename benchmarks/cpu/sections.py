@@ -16,7 +16,6 @@ from cpu.overhead import call_and_products
 from cpu.rates import Products
 from cpu.report import Report, percentiles
 from cpu.timing import Call, Rounds, fastest, round_robin, timed
-from fastcfg.engines.cpu_ops import has_bf16
 from fastcfg.errors import Error
 
 Key = tuple[str, str]  # contender, dtype
@@ -76,8 +75,8 @@ def loops(report: Report, case: Case, products: list[Products], rounds: Rounds, 
 
 
 def overhead(report: Report, case: Case, dtypes: list[str], rounds: Rounds) -> None:
-    """A small call, and the products in it, in those of the dtypes that are floating-point ones here."""
-    for dtype in [dtype for dtype in ("fp32", *["bf16"] * has_bf16()) if dtype in dtypes]:
+    """A small call, and the products in it."""
+    for dtype in dtypes:
         calls = call_and_products(case, dtype)
         for call in calls.values():
             call()
