@@ -91,14 +91,10 @@ class Guidance:
         """The paper's form, (1 + w) eps_y - w eps_null: s = 1 + w."""
         return cls(scale=_checked_scale(w, name="w", least=0.0) + 1.0, **others)
 
-    def values(self, steps: int, rows: int, scale: Any = None) -> NDArray[np.float32]:
-        """The scale of every step and row [steps, rows]. scale: in place of its own, in the same forms."""
+    def table(self, steps: int, rows: int, scale: Any = None) -> NDArray[np.float32]:
+        """The scale of every step and row, float32 [steps, rows]. scale: in place of its own, in the same forms."""
         scale = self.scale if scale is None else _checked_scale(scale)
         return _table("scale", scale, steps, rows, np.float32)
-
-    def table(self, steps: int, rows: int) -> Tensor:
-        """`values` as engines read them, float32 [steps, rows]."""
-        return torch.from_numpy(self.values(steps, rows))
 
     def combine(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction. cond, null: [B, C, ...]; scale: [B]. Rows with scale 1 are `cond` to the bit."""

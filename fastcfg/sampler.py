@@ -122,7 +122,7 @@ class Sampler:
         """
         y = self._labels(labels)
         rows, steps = y.shape[0], self.plan.steps
-        scales = self.guidance.values(steps, rows, _scale_of(scale, w))
+        scales = self.guidance.table(steps, rows, _scale_of(scale, w))
         asked = scales != 1
         guided = asked & self.plan.guided[:, None]
         if self.model.null_label is None and guided.any():

@@ -67,7 +67,7 @@ def a_plan(model: Denoiser, steps: int = 4, guidance: Guidance | None = None, **
 
 def request(plan: Plan, labels: list[int], scale: float = 3.0) -> Request:
     B = len(labels)
-    table = Guidance(scale).table(plan.steps, B)
+    table = torch.from_numpy(Guidance(scale).table(plan.steps, B))
     return Request(torch.tensor(labels), table, plan.guided, np.arange(B), np.zeros(B, np.int64))
 
 
