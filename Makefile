@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: sample test lint bench bench-compare tradeoff quality crash clean
 
 sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
 	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
 
-test: $(INSTALLED)  ## Every test: the package's, the kernels' under the interpreter in a process of their own, their compilation.
-	$(BIN)/python -m pytest --ignore tests/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
+test: $(INSTALLED)  ## Every test: the package's, the kernels' under the interpreter in processes of their own, their compilation.
+	$(BIN)/python -m pytest --ignore tests/kernels -m "not alone" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest --ignore tests/kernels -m alone
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(SIDE_BY_SIDE)
 	$(BIN)/fastcfg kernels check
 
 lint: $(INSTALLED)  ## Formatting, lint and types.

@@ -9,6 +9,7 @@ import torch
 
 import fastcfg
 
+pytestmark = pytest.mark.alone
 BATCHES = {1: 100e-6, 64: 300e-6}  # rows: most seconds outside the engine
 
 
