@@ -238,6 +238,30 @@ def test_bits_do_not_depend_on_the_cpu_engines_batch_or_workers() -> None:
         assert torch.equal(sampler(labels, seeds=SEED), want)
 
 
+class Sizes(nn.Module):
+    """A classifier whose rows' bits depend on no other row, or on all of them. sizes: of its forwards."""
+
+    def __init__(self, mixes: bool):
+        super().__init__()
+        self.mixes, self.sizes = mixes, []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        seen = (x - x.mean(0)) if self.mixes and len(x) > 1 else x
+        return torch.tanh(seen.flatten(1)[:, :5]) * torch.arange(1, 6)
+
+
+@pytest.mark.parametrize(("mixes", "sizes"), [(False, [16, 4, 2]), (True, [1] * 21)])
+def test_samples_share_a_classifiers_forward_where_that_leaves_them_their_bits(mixes: bool, sizes: list[int]) -> None:
+    asked = ClassifierGuidance(Sizes(mixes).eval())
+    sampler = Sampler(random_model(), engine="reference", batch=21, steps=1, spacing=[500], classifier_guidance=asked)
+    asked.classifier.sizes.clear()
+    together = sampler([i % 5 for i in range(21)], seeds=SEED)
+    assert asked.classifier.sizes == sizes
+    for i in (0, 15, 17, 20):
+        assert torch.equal(sampler([i % 5], seeds=SEED, indices=[i])[0], together[i])
+
+
 class Foreign(nn.Module):
     """Counts the rows it is asked about."""
 

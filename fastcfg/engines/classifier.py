@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -13,19 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
+from fastcfg.engines.workers import one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.plan import Plan
 from fastcfg.schedules import Schedule
 
 Rows: TypeAlias = "slice | NDArray[np.int64]"  # of a request
+TOGETHER = (16, 8, 4, 2)  # samples that may share a classifier's forward on a CPU
 
 
 class ClassifierGradient:
     """grad_x log p(y | x_t) at the steps of `plan`, by torch's autograd on `module`(x_t, t) -> logits, in float32 on `device`.
 
-    A classifier of another dtype or device is copied, and the copy's going stale is noticed. On a CPU samples go one at a time,
-    so that the bits of one depend on no other.
+    A classifier of another dtype or device is copied, and the copy's going stale is noticed. On a CPU as many samples go
+    together as leave each the bits that it has in a pair, and a single one makes a pair with itself: torch has other, slower
+    code for convolutions of one sample. Where a sample's bits depend on the other of its pair, samples go one at a time.
     Raises Error for a classifier that was trained on other noise levels (as far as it tells, by a `schedule`), or that does not
     give one logit for each of `model`'s labels: it is tried on one row of zeros.
     """
@@ -36,6 +40,7 @@ class ClassifierGradient:
         self._source, self._device = module, device
         self._converted = any(p.device != device or (p.is_floating_point() and p.dtype != torch.float32) for p in tensors)
         self._times = torch.from_numpy(plan.timesteps).to(device, torch.int64 if plan.whole_timesteps else torch.float32)
+        self._together = (1,)
         self.refresh()
         self.check()
         self._try(model)
@@ -54,9 +59,43 @@ class ClassifierGradient:
 
     def __call__(self, x: Tensor, step: int, labels: Tensor) -> Tensor:
         """The gradient at step 0..steps-1, float64 [B, C, H, W]. x: [B, C, H, W]; labels: int64 [B]."""
-        size = 1 if x.device.type == "cpu" else len(x)
-        parts = zip(x.split(size), labels.split(size), strict=True)
-        return torch.cat([self._of(part, step, y) for part, y in parts]).double()
+        if x.device.type != "cpu":
+            return self._of(x, step, labels).double()
+        return torch.cat([self._of_few(x[part], step, labels[part]) for part in self._parts(len(x))]).double()
+
+    def _parts(self, B: int) -> Iterator[slice]:
+        """B samples in parts of the sizes that may go together, the largest first; what is left over is single."""
+        start = 0
+        while start < B:
+            size = next((size for size in self._together if size <= B - start), 1)
+            yield slice(start, start + size)
+            start += size
+
+    def _of_few(self, x: Tensor, step: int, labels: Tensor) -> Tensor:
+        if len(x) > 1 or self._together == (1,):
+            return self._of(x, step, labels)
+        return self._of(torch.cat([x, x]), step, torch.cat([labels, labels]))[:1]
+
+    def _found_together(self, model: Denoiser) -> tuple[int, ...]:
+        """The numbers of samples that may share a forward, the largest first."""
+        most = TOGETHER[0]
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((most, *model.shape), generator=generator)
+        labels = torch.arange(most) % (model.num_classes or 1)
+
+        def gradients(size: int, order: Tensor) -> Tensor:
+            """Of all samples, computed `size` at a time in that order."""
+            found = torch.empty_like(x)
+            for part in order.split(size):
+                found[part] = self._of(x[part], 0, labels[part])
+            return found
+
+        with one_thread():
+            as_they_come = torch.arange(most)
+            pairs = gradients(2, as_they_come)
+            if not torch.equal(gradients(2, as_they_come.roll(1)), pairs):  # each with another, in the other place
+                return (1,)
+            return tuple(size for size in TOGETHER if torch.equal(gradients(size, as_they_come.roll(1)), pairs))
 
     def _of(self, x: Tensor, step: int, labels: Tensor) -> Tensor:
         # The caller's mode forbids gradients, and in inference mode a tensor cannot have one
@@ -74,6 +113,8 @@ class ClassifierGradient:
                 logits = self._module(x, self._times[:1])
             if isinstance(logits, Tensor) and logits.shape == (1, model.num_classes):
                 self._of(x, 0, torch.zeros(1, dtype=torch.int64, device=self._device))
+                if self._device.type == "cpu":
+                    self._together = self._found_together(model)
         except Exception as error:  # any module, any failure: what matters is that it came before the work
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise Error(f"{name} could not be differentiated as classifier(x {shape}, t [1]): {line}") from error
