@@ -41,7 +41,7 @@ def row(setting: str, scale: float, frechet: float, others: float, error: float 
 def test_findings_are_the_tables(tmp_path: Path) -> None:
     rows = [
         row("CFG", 8, 30, 0.9), row("CFG", 1, 5, 0.5), row("CFG", 2, 4, 0.7),
-        row("CFG in an interval", 2, 3.9, 0.6, gflop=15),
+        row("CFG in an interval", 2, 3.9, 0.6, gflop=15), row("classifier on conditional", 7, 35, 0.9),
         row("dropout 0.1", 1, 7, 0.1), row("dropout 0.5", 1, 9, 0.1), row("dropout 0.5", 2, 8, 0.1),
     ]  # fmt: skip
     write_rows(tmp_path / "table.csv", rows)
@@ -52,6 +52,8 @@ def test_findings_are_the_tables(tmp_path: Path) -> None:
     assert "CFG: recall does not fall: 0.5 ± 0.2 at s = 1, 0.9 ± 0.2 at s = 8" in found
     interval = next(line for line in found if line.startswith("CFG in an interval"))
     assert "3.9 ± 0.2 at scale 2, 0.1 (0.7 standard errors) below CFG's best, for 75% of its FLOPs" in interval
+    assert interval.endswith("; at equal strength its distance is below CFG's at 1 of 1 scales")
+    assert any(line.startswith("classifier on c") and line.endswith("CFG's at 0 of 1 scales") for line in found)
     assert found[-2:] == [
         "dropout 0.1: best Frechet distance 7 ± 0.2 at s = 1, 1 (7.1 standard errors) below that of dropout 0.5; "
         "7 ± 0.2 at s = 1",

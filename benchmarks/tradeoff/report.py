@@ -55,7 +55,7 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
         for arm in arms.KINDS[1:]:
             own = line(rows, arm)
             if own:
-                yield _beside(arm.name, _best(own), _best(cfg))
+                yield f"{_beside(arm.name, _best(own), _best(cfg))}; {_as_strong(own, cfg, arm)}"
     small = {arm.name: own for arm in arms.SMALL if (own := _of(rows, arm.name))}
     largest = small.get(arms.SMALL[-1].name)
     for name, own in small.items():
@@ -103,6 +103,14 @@ def _beside(name: str, own: Row, cfg: Row) -> str:
         f"class accuracy {_shown(own, 'class_accuracy')}, recall {_shown(own, 'recall')} "
         f"(CFG there: {_shown(cfg, 'class_accuracy')}, {_shown(cfg, 'recall')})"
     )
+
+
+def _as_strong(own: Sequence[Row], cfg: Sequence[Row], arm: arms.Arm) -> str:
+    """How often an arm is nearer to the data than CFG where its guidance is as strong."""
+    beside = {row["scale"]: row for row in cfg if float(row["scale"]) > 1}
+    pairs = [(row, beside[strength(row, arm)]) for row in own if strength(row, arm) in beside]
+    below = sum(_side(row, other) == "below" for row, other in pairs)
+    return f"at equal strength its distance is below CFG's at {below} of {len(pairs)} scales"
 
 
 def _side(a: Row, b: Row) -> str:
