@@ -6,7 +6,7 @@
 
 Samples and judges each arm (benchmarks/tradeoff/arms.py) as `fastcfg sweep` does, in a folder of --out; the same command goes
 on after an interruption. Writes the rows of all arms to benchmarks/results/tradeoff.csv, prints what docs/tradeoff.md quotes,
-and draws its plots. With --reduced: half the scales, and the table and the plots go to --out.
+and draws its plots. With --reduced: three scales, and the table and the plots go to --out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastcfg import metrics, plots
 from fastcfg.engines import ENGINES
 from fastcfg.engines.choice import machine
 from fastcfg.errors import Error
-from fastcfg.sweep import figure_cells, read_rows, run_sweep, write_rows
+from fastcfg.sweep import Row, figure_cells, read_rows, run_sweep, write_rows
 
 ROOT = Path(__file__).parents[1]
 TABLE, PLOTS = ROOT / "benchmarks" / "results" / "tradeoff.csv", ROOT / "docs"
@@ -56,9 +56,8 @@ def main() -> None:
 def run(options: argparse.Namespace, table: Path) -> None:
     scales = arms.REDUCED if options.reduced else arms.SCALES
     options.out.mkdir(parents=True, exist_ok=True)
-    known = {arm: [row for row in read_rows(table) if row["setting"] == arm] for arm in (report.REAL, *(a.name for a in ALL))}
-    if not known[report.REAL]:
-        known[report.REAL] = [real_images(options.data, options.samples)]
+    if not any(row["setting"] == report.REAL for row in read_rows(table)):
+        _put(table, report.REAL, [real_images(options.data, options.samples)])
     for arm in ALL:
         if options.arms and arm.name not in options.arms:
             continue
@@ -72,8 +71,15 @@ def run(options: argparse.Namespace, table: Path) -> None:
         name = arm.name.replace(",", "").replace(" ", "-")
         spec = options.out / f"{name}.toml"
         spec.write_text(arm.toml(options.samples, scales, options.data, options.engine))
-        known[arm.name] = [{"setting": arm.name, **row, "cpu": machine()} for row in run_sweep(spec, options.out / name)]
-        write_rows(table, [row for rows in known.values() for row in rows])
+        rows = run_sweep(spec, options.out / name)
+        _put(table, arm.name, [{"setting": arm.name, **row, "cpu": machine()} for row in rows])
+
+
+def _put(table: Path, name: str, rows: list[Row]) -> None:
+    """An arm's rows into the table, in place of older ones: other arms may have come from other processes meanwhile."""
+    order = [report.REAL, *(arm.name for arm in ALL)]
+    others = [row for row in read_rows(table) if row["setting"] in order and row["setting"] != name]
+    write_rows(table, sorted([*others, *rows], key=lambda row: order.index(row["setting"])))
 
 
 def real_images(data: str, count: int) -> dict[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-REDUCED = (1.0, 2.0, 4.0, 8.0)
+REDUCED = (1.0, 1.5, 4.0)
 STEPS = 25
 UNIT, BATCH = 500, 50
 
@@ -25,16 +26,17 @@ class Arm:
 
     from_cfg: its samples without guidance are cfg's, which are not made twice. less: what its scales are below the others', so
     that equal places in the lists are equal strengths: c on top of the conditional prediction is as s = 1 + c
-    (arXiv 2207.12598, section 3.2).
+    (arXiv 2207.12598, section 3.2). most: the largest scale.
     """
 
     name: str
     spec: dict[str, Any] = field(default_factory=dict)
     from_cfg: bool = False
     less: float = 0.0
+    most: float = math.inf
 
     def scales(self, common: tuple[float, ...]) -> list[float]:
-        return [s - self.less for s in common if not (self.from_cfg and s == 1.0)]
+        return [s - self.less for s in common if s <= self.most and not (self.from_cfg and s == 1.0)]
 
     def toml(self, samples: int, scales: tuple[float, ...], data: str, engine: str = "auto") -> str:
         """Its sweep: TOML and JSON agree on text, numbers and lists of them."""
@@ -51,4 +53,6 @@ KINDS = (
     Arm("classifier on null", CLASSIFIER | {"classifier_base": "null"}),
     Arm("classifier on conditional", CLASSIFIER | {"classifier_base": "conditional"}, from_cfg=True, less=1.0),
 )
-SMALL = tuple(Arm(f"dropout {p:g}", {"checkpoint": str(HERE / "models" / f"dropout-{p:g}.safetensors")}) for p in DROPOUTS)
+SMALL = tuple(
+    Arm(f"dropout {p:g}", {"checkpoint": str(HERE / "models" / f"dropout-{p:g}.safetensors")}, most=4.0) for p in DROPOUTS
+)

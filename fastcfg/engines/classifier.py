@@ -40,7 +40,7 @@ class ClassifierGradient:
         self._source, self._device = module, device
         self._converted = any(p.device != device or (p.is_floating_point() and p.dtype != torch.float32) for p in tensors)
         self._times = torch.from_numpy(plan.timesteps).to(device, torch.int64 if plan.whole_timesteps else torch.float32)
-        self._together = (1,)
+        self._together: tuple[int, ...] = (1,)
         self.refresh()
         self.check()
         self._try(model)
