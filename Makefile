@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+# In the order of their names, which puts the long ones, of jobs, first.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: sample test lint bench bench-compare tradeoff quality crash clean
 

@@ -52,6 +52,7 @@ def test_sides_take_turns_and_only_what_every_round_agrees_on_counts(tmp_path: P
     assert [row["name"] for row in report.rows][:2] == ["a", "c"]  # the largest change first
 
 
+@pytest.mark.alone  # pytest-benchmark measures nothing in one of several processes
 def test_the_working_tree_is_installed_apart_and_measured_as_it_is(tmp_path: Path) -> None:
     side = compare._as_it_is(tmp_path)
     found = side.python("-c", "import fastcfg, fastcfg.kernels; print(fastcfg.__file__); print(fastcfg.kernels.__file__)")
