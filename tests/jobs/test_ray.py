@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from crashing import Start, Started, forking, kill_until_done, unit_hashes
+from crashing import LIMIT, Start, Started, forking, kill_until_done, unit_hashes
 from making import make_job
 from object_store import BUCKET, INSTALLED, s3
 from ray_cluster import ENVIRONMENT, Cluster, two_nodes
@@ -259,7 +259,7 @@ def test_a_lost_nodes_units_are_computed_on_the_other(  # the last: one node is 
 
 
 def _wait_for_units(run: Started, out: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while len(list((out / "units").glob("[!.]*"))) < count:
         assert run.poll() is None, "the run ended early"
         assert time.monotonic() < deadline

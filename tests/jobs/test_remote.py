@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crashing import Started, unit_hashes
+from crashing import LIMIT, Started, unit_hashes
 from making import expected, make_job, make_noise_job
 from object_store import BUCKET, INSTALLED, s3
 from torch.utils.data import DataLoader
@@ -77,7 +77,7 @@ def test_killed_and_gone_on_with_it_is_the_local_job(
     spec = Spec.from_toml(path)
     make_job(spec, tmp_path / "here")
     killed = _start("job", "run", str(path), "--out", url)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while not (files.exists(f"{url}/job.json") and len(status(url).done) >= 3):
         assert killed.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline
