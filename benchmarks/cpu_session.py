@@ -3,7 +3,7 @@
     python benchmarks/cpu_session.py                            # about 12 minutes on two cores that do nothing else
     python benchmarks/cpu_session.py --dry-run --out /tmp/dry   # the code paths, tiny, in seconds
 
-Prints rows as they come, then the tables of the README; writes cpu.csv and cpu.png to --out. benchmarks/README.md says how
+Prints rows as they come, then the tables of the README; writes <cpu>.csv and .png to --out. benchmarks/README.md says how
 each figure is taken. Peers that are not installed are left out, and said to be. Exit code 1 if samples do not agree.
 """
 
@@ -26,6 +26,7 @@ from cpu.timing import Rounds
 from plot import draw
 
 from fastcfg.errors import Error
+from fastcfg.files import slug
 from fastcfg.plots import pyplot
 
 DTYPES = ["fp32", "bf16", "int8"]
@@ -40,10 +41,11 @@ def main() -> int:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(cores)
-    path = arguments.out / ("cpu-dry-run.csv" if arguments.dry_run else "cpu.csv")
+    machine = this_machine(cores)
+    path = arguments.out / ("cpu-dry-run.csv" if arguments.dry_run else f"{slug(machine['cpu'])}.csv")
     try:
         pyplot()  # before the work
-        report = Report(path, this_machine(cores))
+        report = Report(path, machine)
         path.parent.mkdir(parents=True, exist_ok=True)
         _session(report, cores, ["fp32", *arguments.dtypes], arguments.dry_run)
         print(tables(report))

@@ -1,6 +1,6 @@
 """Bars of any benchmark's CSV: a panel for each shape, a bar for each name and dtype.
 
-    python benchmarks/plot.py benchmarks/results/cpu.csv --sections loop                  # the README's plot
+    python benchmarks/plot.py benchmarks/results/amd-epyc.csv --sections loop              # the README's plot
     python benchmarks/plot.py benchmarks/results/job_throughput.csv --units images/s
     python benchmarks/plot.py benchmarks/results/nvidia-h200.csv --sections fused eager compiled
 

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading safetensors and torch's pickles with one clear error."""
+"""Naming files, writing them whole or not at all, and reading safetensors and torch's pickles with one clear error."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastcfg.errors import Error
+
+
+def slug(device: str) -> str:
+    """A device's name as files are named: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3, "Intel(R) .." is intel-.."""
+    return re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", device.lower()).strip("-")
 
 
 def check_writable(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastcfg.errors import Error, require
-from fastcfg.files import write_file
+from fastcfg.files import slug, write_file
 
 Config = dict[str, int]  # tile sizes by the kernel's own names, num_warps, num_stages
 
@@ -114,11 +114,6 @@ def shipped_tables() -> list[Table]:
         name = f"{slug(tables[-1].gpu)}.json"
         require(path.name == name, f"{path} is for {tables[-1].gpu} and would not be found: name it {name}")
     return tables
-
-
-def slug(gpu: str) -> str:
-    """A GPU's name as files are named: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
-    return "".join(c if c.isalnum() else "-" for c in gpu).strip("-").lower()
 
 
 def read_table(path: Path) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastcfg import Error
+from fastcfg.files import slug
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -17,6 +18,18 @@ sys.path.append(str(BENCHMARKS))
 import compare  # noqa: E402 - after the path
 import plot  # noqa: E402
 from cpu.report import Report, this_machine  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", "intel-xeon-processor-2-50ghz"),
+        ("../AMD EPYC", "amd-epyc"),
+    ],
+)
+def test_results_are_files_named_by_their_device(device: str, name: str) -> None:
+    assert slug(device) == name
 
 
 class Measured(compare.Side):

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 import triton
 
-from fastcfg.kernels.tuned import slug
+from fastcfg.files import slug
 
 COLUMNS = (
     "section", "name", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "value", "unit", "fraction",
