@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,16 @@ class Arm:
 
     from_cfg: its samples without guidance are cfg's, which are not made twice. less: what its scales are below the others', so
     that equal places in the lists are equal strengths: c on top of the conditional prediction is as s = 1 + c
-    (arXiv 2207.12598, section 3.2). most: the largest scale.
+    (arXiv 2207.12598, section 3.2).
     """
 
     name: str
     spec: dict[str, Any] = field(default_factory=dict)
     from_cfg: bool = False
     less: float = 0.0
-    most: float = math.inf
 
     def scales(self, common: tuple[float, ...]) -> list[float]:
-        return [s - self.less for s in common if s <= self.most and not (self.from_cfg and s == 1.0)]
+        return [s - self.less for s in common if not (self.from_cfg and s == 1.0)]
 
     def toml(self, samples: int, scales: tuple[float, ...], data: str, engine: str = "auto") -> str:
         """Its sweep: TOML and JSON agree on text, numbers and lists of them."""
@@ -53,6 +51,4 @@ KINDS = (
     Arm("classifier on null", CLASSIFIER | {"classifier_base": "null"}),
     Arm("classifier on conditional", CLASSIFIER | {"classifier_base": "conditional"}, from_cfg=True, less=1.0),
 )
-SMALL = tuple(
-    Arm(f"dropout {p:g}", {"checkpoint": str(HERE / "models" / f"dropout-{p:g}.safetensors")}, most=4.0) for p in DROPOUTS
-)
+SMALL = tuple(Arm(f"dropout {p:g}", {"checkpoint": str(HERE / "models" / f"dropout-{p:g}.safetensors")}) for p in DROPOUTS)

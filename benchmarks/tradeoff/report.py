@@ -55,7 +55,8 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
         for arm in arms.KINDS[1:]:
             own = line(rows, arm)
             if own:
-                yield f"{_beside(arm.name, _best(own), _best(cfg))}; {_as_strong(own, cfg, arm)}"
+                beside = _beside(_best(own), _best(cfg)) if own[0] is not _best(own) or not arm.from_cfg else _flat(own)
+                yield f"{arm.name}: {beside}; {_as_strong(own, cfg, arm)}"
     small = {arm.name: own for arm in arms.SMALL if (own := _of(rows, arm.name))}
     largest = small.get(arms.SMALL[-1].name)
     for name, own in small.items():
@@ -69,7 +70,7 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
 def _of_one_network(cfg: Sequence[Row]) -> Iterator[str]:
     first, best = cfg[0], _best(cfg)
     if best is first:
-        yield f"CFG: no scale has a smaller Frechet distance than s = 1 ({_shown(first, FD)})"
+        yield f"CFG: {_flat(cfg)}"
     else:
         yield (
             f"CFG: best Frechet distance {_shown(best, FD)} at s = {best['scale']}, against {_shown(first, FD)} at s = 1: "
@@ -95,10 +96,15 @@ def _way(rows: Sequence[Row], name: str, up: bool) -> str:
     return f"is {ends} at s = {rows[peak]['scale']} ({_shown(rows[peak], name)}): {figures}"
 
 
-def _beside(name: str, own: Row, cfg: Row) -> str:
+def _flat(own: Sequence[Row]) -> str:
+    """Of an arm that begins without guidance, and is best there."""
+    return f"no scale has a smaller Frechet distance than no guidance ({_shown(own[0], FD)})"
+
+
+def _beside(own: Row, cfg: Row) -> str:
     ratio = float(own["gflop_a_sample"]) / float(cfg["gflop_a_sample"])
     return (
-        f"{name}: best Frechet distance {_shown(own, FD)} at scale {own['scale']}, {_sure(own, cfg, FD)} "
+        f"best Frechet distance {_shown(own, FD)} at scale {own['scale']}, {_sure(own, cfg, FD)} "
         f"{_side(own, cfg)} CFG's best, for {ratio:.0%} of its FLOPs; "
         f"class accuracy {_shown(own, 'class_accuracy')}, recall {_shown(own, 'recall')} "
         f"(CFG there: {_shown(cfg, 'class_accuracy')}, {_shown(cfg, 'recall')})"
