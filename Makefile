@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# In the order of their names, which puts the long ones, of jobs, first.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time, in the order of their names, which puts the long ones, of jobs, first. Threads that wait do not spin: two
+# processes share the cores, and what one spins away the other lacks.
+SIDE_BY_SIDE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: sample test lint bench bench-compare tradeoff quality crash clean
 
@@ -11,9 +12,9 @@ sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows
 	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
 
 test: $(INSTALLED)  ## Every test: the package's, the kernels' under the interpreter in processes of their own, their compilation.
-	$(BIN)/python -m pytest --ignore tests/kernels -m "not alone" $(SIDE_BY_SIDE)
+	$(SIDE_BY_SIDE) --ignore tests/kernels -m "not alone"
 	$(BIN)/python -m pytest --ignore tests/kernels -m alone
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(SIDE_BY_SIDE)
+	TRITON_INTERPRET=1 $(SIDE_BY_SIDE) tests/kernels
 	$(BIN)/fastcfg kernels check
 
 lint: $(INSTALLED)  ## Formatting, lint and types.
