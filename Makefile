@@ -29,8 +29,8 @@ bench: $(INSTALLED)  ## This CPU: fastcfg beside diffusers and OpenVINO (12 minu
 bench-compare: $(INSTALLED)  ## make bench-compare BASE=<revision>: the pieces' speed there and here.
 	$(BIN)/python benchmarks/compare.py $(BASE)
 
-tradeoff: $(INSTALLED)  ## The study of docs/tradeoff.md, reduced: 500 samples a point, three scales; into runs/tradeoff.
-	$(BIN)/python benchmarks/tradeoff_study.py /usr/share/datasets/fashion-mnist --out runs/tradeoff --samples 500 --reduced --engine openvino
+tradeoff: $(INSTALLED)  ## The study of docs/tradeoff.md, reduced: 500 samples a point, two scales; into runs/tradeoff.
+	$(BIN)/python benchmarks/tradeoff_study.py /usr/share/datasets/fashion-mnist --out runs/tradeoff --samples 500 --reduced --engine openvino --workers 2
 
 quality: $(INSTALLED)  ## The quality table of the README: 2,000 samples a scale of the shipped model (about 20 minutes on two cores).
 	$(BIN)/python benchmarks/quality.py /usr/share/datasets/fashion-mnist

@@ -6,7 +6,7 @@
 
 Samples and judges each arm (benchmarks/tradeoff/arms.py) as `fastcfg sweep` does, in a folder of --out; the same command goes
 on after an interruption. Writes the rows of all arms to benchmarks/results/tradeoff.csv, prints what docs/tradeoff.md quotes,
-and draws its plots. With --reduced: three scales, and the table and the plots go to --out.
+and draws its plots. With --reduced: two scales, and the table and the plots go to --out.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the sweeps; an existing one is gone on with")
     parser.add_argument("--samples", type=int, default=2500, help="a point")
     parser.add_argument("--engine", default="auto", choices=["auto", *ENGINES], help="of the samplers; openvino is the fastest")
+    parser.add_argument("--workers", type=int, help="processes, which share the cores; one a core is the fastest")
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ALL], help="these alone; the table keeps the others")
     parser.add_argument("--reduced", action="store_true")
     parser.add_argument("--show", action="store_true")
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace, table: Path) -> None:
         name = arm.name.replace(",", "").replace(" ", "-")
         spec = options.out / f"{name}.toml"
         spec.write_text(arm.toml(options.samples, scales, options.data, options.engine))
-        rows = run_sweep(spec, options.out / name)
+        rows = run_sweep(spec, options.out / name, workers=options.workers)
         _put(table, arm.name, [{"setting": arm.name, **row, "cpu": machine()} for row in rows])
 
 

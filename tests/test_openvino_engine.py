@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -97,6 +100,30 @@ def test_weights_that_change_are_noticed_and_taken_up() -> None:
     after = sampler([1, 2], 3.0)
     assert relative(after, before) > 1e-3
     assert relative(after, Sampler(model, steps=2, engine="reference", dtype="fp32")([1, 2], 3.0)) <= 1e-5
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="asks the system for a thread's cores")
+def test_threads_are_bound_to_no_core() -> None:
+    """Processes on one machine would bind theirs to the same cores, and share those while others idle."""
+    sampler = sampler_of("many tokens")
+    sampler([1, 2, 3], 2.0)  # what compiles may be bound
+    seen, done = set(), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for thread in os.listdir("/proc/self/task"):
+                with suppress(OSError):  # it ended just now
+                    seen.add(frozenset(os.sched_getaffinity(int(thread))))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        for _ in range(20):  # they would be bound while they compute
+            sampler([1, 2, 3], 2.0)
+    finally:
+        done.set()
+        watching.join()
+    assert seen == {frozenset(os.sched_getaffinity(0))}
 
 
 def _in_a_fork(sampler: Sampler, answers: multiprocessing.Queue) -> None:

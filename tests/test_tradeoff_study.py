@@ -103,7 +103,9 @@ def test_the_study_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write_idx(tmp_path, "train", 60)
     write_idx(tmp_path, "t10k", 50)
     names = ["CFG", "classifier on conditional"]
-    options = argparse.Namespace(data=str(tmp_path), out=tmp_path / "out", samples=20, arms=names, reduced=True, engine="auto")
+    options = argparse.Namespace(
+        data=str(tmp_path), out=tmp_path / "out", samples=20, arms=names, reduced=True, engine="auto", workers=2
+    )
     study.run(options, tmp_path / "tradeoff.csv")
     rows = read_rows(tmp_path / "tradeoff.csv")
     assert [(r["setting"], r["scale"]) for r in rows] == [

@@ -9,9 +9,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-REDUCED = (1.0, 1.5, 4.0)
+REDUCED = (1.0, 3.0)
 STEPS = 25
-UNIT, BATCH = 500, 50
+UNIT, BATCH = 250, 50
 
 INTERVAL = "sigma:0.2:2"
 PHI = 0.7

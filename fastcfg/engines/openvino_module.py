@@ -118,12 +118,16 @@ def convert(module: nn.Module, inputs: list[Tensor], any_rows: bool = False) -> 
 
 
 def compile_graph(graph: Any, dtype: torch.dtype, threads: int, streams: int = 1) -> Any:
-    """OpenVINO's compiled model for this CPU. streams: requests that run at once, of threads / streams threads each."""
+    """OpenVINO's compiled model for this CPU. streams: requests that run at once, of threads / streams threads each.
+
+    Threads are left to the system's scheduler: OpenVINO would bind them to the first cores, those of every process.
+    """
     options = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": streams,
+        "ENABLE_CPU_PINNING": False,
     }
     return core().compile_model(graph, "CPU", options)
 
