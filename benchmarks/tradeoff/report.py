@@ -55,8 +55,9 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
         for arm in arms.KINDS[1:]:
             own = line(rows, arm)
             if own:
-                beside = _beside(_best(own), _best(cfg)) if own[0] is not _best(own) or not arm.from_cfg else _flat(own)
-                yield f"{arm.name}: {beside}; {_as_strong(own, cfg, arm)}"
+                best = _best(own)
+                flat = arm.from_cfg and best is own[0]
+                yield f"{arm.name}: {_flat(own) if flat else _beside(best, _best(cfg))}; {_as_strong(own, cfg, arm)}"
     small = {arm.name: own for arm in arms.SMALL if (own := _of(rows, arm.name))}
     largest = small.get(arms.SMALL[-1].name)
     for name, own in small.items():
