@@ -5,7 +5,8 @@
 
 Both are installed apart, each runs its own pytest-benchmark files (benchmarks/test_bench_*.py), and they take turns, process by
 process: base, tree, tree, base, .. What both have is compared by the ratio of medians, round by round. Prints a table, the
-largest change first, and writes runs/compare.csv. A change counts where every round agrees on its direction.
+largest change first, and writes runs/compare.csv. A change counts where every round agrees on its direction; the last row says
+for how many that would be so by chance, so look at those again with --only and more rounds.
 """
 
 from __future__ import annotations
@@ -88,6 +89,9 @@ def _tell(rounds: list[dict[str, dict[str, float]]], report: Report, base: str) 
     for side, words in ((BASE, f"only in {base}"), (TREE, "new")):
         for name in sorted(set().union(*(found[side] for found in rounds)) - set(both)):
             report.row("compare", name, words, "note")
+    # Rounds that only differ by noise all agree in one of 2^(rounds - 1) cases: of many benchmarks, a few
+    by_chance = len(both) * 2.0 ** (1 - len(rounds))
+    report.row("compare", "by chance", by_chance, f"of {len(both)} are called faster or slower if nothing changed")
 
 
 def _at_commit(revision: str, folder: Path) -> Side:

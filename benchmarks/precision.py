@@ -3,8 +3,9 @@
     python benchmarks/precision.py /usr/share/datasets/fashion-mnist
 
 Prints two tables and writes them to benchmarks/results/precision.csv. Errors: |x - x_fp32| / |x_fp32| over 16 samples of
-DDIM (eta 0) with s = 1.5, the median sample and the worst, on the cpu engine; beside them plain torch's in
-bfloat16 (the reference engine, same model and noise). Quality: as in benchmarks/quality.py, with the model's own settings.
+DDIM (eta 0) with s = 1.5, the median sample and the worst, on the cpu engine and, where OpenVINO is installed, in int8 on the
+openvino engine; beside them plain torch's in bfloat16 (the reference engine, same model and noise). Quality: as in
+benchmarks/quality.py, with the model's own settings.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from quality import pixels, row
 from torch import Tensor, nn
 
 import fastcfg
+from fastcfg.engines.openvino_module import openvino_version
 from fastcfg.metrics.fashion_cnn import judge, load_fashion_cnn
 from fastcfg.training.data import load_data
 
 ERRORS = ("model", "engine", "dtype", "steps", "median_error", "worst_error")
-QUALITY = ("scale", "dtype", "samples", "accuracy", "variety", "frechet_distance")
+QUALITY = ("scale", "engine", "dtype", "samples", "accuracy", "variety", "frechet_distance")
+QUANTISED = (("cpu", "int8"), *[("openvino", "int8")] * (openvino_version() is not None))
 
 
 def main() -> None:
@@ -50,11 +53,10 @@ def errors() -> Iterator[dict[str, str]]:
         "fashion-mnist": fastcfg.load("fashion-mnist"),
         "DiT-S/2, random weights": random_dit(),
     }
-    kinds = (("reference", "bf16"), ("cpu", "bf16"), ("cpu", "int8"))
     for name, model in models.items():
         for steps in (2, 10, 50) if name == "fashion-mnist" else (2, 10):
             exact = samples(model, steps, "cpu", "fp32")
-            for engine, dtype in kinds:
+            for engine, dtype in (("reference", "bf16"), ("cpu", "bf16"), *QUANTISED):
                 error = (samples(model, steps, engine, dtype) - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
                 figures = {"median_error": f"{error.median():.1e}", "worst_error": f"{error.max():.1e}"}
                 yield {"model": name, "engine": engine, "dtype": dtype, "steps": str(steps)} | figures
@@ -82,11 +84,11 @@ def quality(data: str, scales: list[float], count: int) -> Iterator[dict[str, st
     """The quality of the shipped model's samples, in rows of `QUALITY`."""
     network, labels = load_fashion_cnn(), torch.arange(count) % 10
     reference, _ = judge(network, pixels(load_data(data, "test").images))
-    for dtype in ("fp32", "bf16", "int8"):
-        sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=50, batch=100, device="cpu", dtype=dtype)
+    for engine, dtype in (("cpu", "fp32"), ("cpu", "bf16"), *QUANTISED):
+        sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=50, batch=100, engine=engine, dtype=dtype)
         for scale in scales:
             images = sampler(labels, scale, seeds=0).clamp(-1, 1)
-            yield {"dtype": dtype} | row(f"{scale:g}", images, labels, network, reference)
+            yield {"engine": engine, "dtype": dtype} | row(f"{scale:g}", images, labels, network, reference)
 
 
 def printed(fields: tuple[str, ...], rows: Iterator[dict[str, str]]) -> list[dict[str, str]]:

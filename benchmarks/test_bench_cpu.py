@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8
+from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, has_bf16, has_int8
 from fastcfg.engines.workers import one_thread
 
 T, D, HEADS = 256, 384, 6
 DTYPES = ["fp32", *["bf16"] * has_bf16(), *["int8"] * has_int8()]
-WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16 if has_bf16() else torch.float32}
+WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": beside_int8()}
 
 
 @pytest.fixture(autouse=True)

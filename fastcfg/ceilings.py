@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastcfg.engines.choice import machine, measure
-from fastcfg.engines.cpu_ops import CpuOperations, has_bf16
+from fastcfg.engines.cpu_ops import CpuOperations, beside_int8
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
 
@@ -88,7 +88,7 @@ def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
-    wide = (torch.bfloat16 if has_bf16() else torch.float32) if dtype == torch.int8 else dtype
+    wide = beside_int8() if dtype == torch.int8 else dtype
     dtypes = {_name(kind): kind for kind in (dtype, wide)}  # attention is computed in the wider one
     workers = Workers(torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)

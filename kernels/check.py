@@ -16,9 +16,10 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fastcfg.kernels.step_boundary import step_boundary
 from fastcfg.kernels.tuned import Key, shipped_tables
 
 MAX_WASTE = 1.25
+MAX_PROCESSES = 8  # that compile at once: each is half a gigabyte
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block
 SHARED_LIMIT |= {"sm_86": 101376, "sm_89": 101376}  # less than others of their family
 MATRIX_UNIT = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma", "gfx942": "mfma"}
@@ -92,24 +94,52 @@ _LINE = "{:14} {:26} {:7} {:>9} {:>6} {:>7}  {:14} {}"
 HEADER = _LINE.format("kernel", "variant", "target", "registers", "spills", "shared", "uses", "verdict")
 
 
-def check_kernels(targets: Sequence[str] = TARGETS, show: Callable[[str], object] = print) -> list[str]:
+def check_kernels(
+    targets: Sequence[str] = TARGETS, show: Callable[[str], object] = print, processes: int | None = None
+) -> list[str]:
     """Compiles all cases and shipped entries for `targets`, shows a row for each, and returns the lines of those that fail.
 
+    processes: how many compile at once; torch's number of threads, 8 at most, unless given. The order is the same for any.
     Raises Error for an unknown target, a damaged table, and in a process whose kernels are interpreted.
     """
+    _refuse_interpreter()
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:
         raise Error(f"unknown targets {unknown}: known are {', '.join(TARGETS)}")
     tables = [table for table in shipped_tables() if family(table.target) in targets]
+    tasks = [partial(_compile_nth, n, target) for n in range(len(_all_cases())) for target in targets]
+    tasks += [partial(compile_entry, entry.key, entry.config, table.target) for table in tables for entry in table.entries]
     show(HEADER)
     failed = []
-    for row in chain(
-        (row for case in cases() for target in targets for row in compile_case(case, target)),
-        (row for table in tables for entry in table.entries for row in compile_entry(entry.key, entry.config, table.target)),
-    ):
-        show(str(row))
-        failed += [str(row)] if row.failures else []
+    for rows in _results(tasks, processes or min(torch.get_num_threads(), MAX_PROCESSES)):
+        for line in map(str, rows):
+            show(line)
+        failed += [str(row) for row in rows if row.failures]
     return failed
+
+
+def _results(tasks: Sequence[Callable[[], Any]], processes: int) -> Iterator[Any]:
+    """What the tasks return, in their order."""
+    if processes == 1:
+        yield from (task() for task in tasks)
+        return
+    # Not forked: a process that has computed has threads, which a fork would lose
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(_call, tasks)
+
+
+def _call(task: Callable[[], Any]) -> Any:
+    return task()
+
+
+@lru_cache
+def _all_cases() -> tuple[Case, ...]:
+    return tuple(cases())
+
+
+def _compile_nth(n: int, target: str) -> list[Row]:
+    """Case n is named by its number: what it calls cannot be sent to another process."""
+    return compile_case(_all_cases()[n], target)
 
 
 def compile_entry(key: Key, config: Config, target: str, heads: int = 16) -> list[Row]:
@@ -135,8 +165,7 @@ def _failed(kernel: str, variant: str, target: str, reason: str) -> Row:
 
 def compile_case(case: Case, target: str, lookup: Lookup = lambda key: None) -> list[Row]:
     """Compiles every launch of the case for `target`, one row each. lookup: see `offline`."""
-    if interpreted():
-        raise Error("the kernel check compiles kernels, which TRITON_INTERPRET prevents: unset it")
+    _refuse_interpreter()
     rows: list[Row] = []
 
     def hook(kernel: Any, config: Config, arguments: dict[str, Any]) -> None:
@@ -153,6 +182,11 @@ def compile_case(case: Case, target: str, lookup: Lookup = lambda key: None) -> 
     with offline(target, hook, lookup):
         case.call()
     return rows
+
+
+def _refuse_interpreter() -> None:
+    if interpreted():
+        raise Error("the kernel check compiles kernels, which TRITON_INTERPRET prevents: unset it")
 
 
 def _compile(kernel: Any, config: Config, arguments: dict[str, Any], target: str) -> Any:

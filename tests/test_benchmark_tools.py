@@ -61,6 +61,7 @@ def test_sides_take_turns_and_only_what_every_round_agrees_on_counts(tmp_path: P
         "c": (0.5, "times main's: faster"),
         "old": ("only in main", "note"),
         "new": ("new", "note"),
+        "by chance": (1.5, "of 3 are called faster or slower if nothing changed"),
     }
     assert [row["name"] for row in report.rows][:2] == ["a", "c"]  # the largest change first
 

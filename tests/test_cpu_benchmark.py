@@ -16,7 +16,7 @@ import torch
 
 from fastcfg import Error
 from fastcfg.engines.cpu_ops import has_bf16, has_int8
-from fastcfg.engines.openvino_module import openvino_version
+from fastcfg.engines.openvino_module import openvino_version, quantises_activations
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -47,6 +47,7 @@ def of(rows: list[dict[str, str]], section: str) -> list[dict[str, str]]:
 def test_everyone_who_is_installed_is_checked_and_timed(dry_run) -> None:
     _, rows, _ = dry_run
     want = {("fastcfg", dtype) for dtype in (*DTYPES, *["int8"] * has_int8())} | {("fastcfg's reference engine", "fp32")}
+    want |= {("fastcfg, engine openvino", "int8")} if openvino_version() and quantises_activations() else set()
     for dtype in DTYPES:
         want |= {("fastcfg, engine openvino", dtype)} if openvino_version() else set()
         want |= {(f"diffusers, {how}", dtype) for how in ("eager", "compiled") if peers.installed("diffusers")}

@@ -291,7 +291,7 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
     [
         ({"dtype": "fp16"}, ("fp32, bf16, int8", "float16")),
         ({"device": "meta"}, ("CPU", "'meta'")),
-        ({"engine": "reference", "dtype": "int8"}, ("int8", "cpu engine")),
+        ({"engine": "reference", "dtype": "int8"}, ("int8", "engines cpu and openvino")),
     ],
 )
 def test_what_the_engine_has_not_is_refused(options: dict, words: tuple[str, ...]) -> None:

@@ -126,7 +126,7 @@ def test_cpu_step_is_the_hand_count() -> None:
 
 
 def test_int8_weights_are_those_of_the_blocks_and_take_the_int8_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcfg.ledger.has_bf16", lambda: True)
+    monkeypatch.setattr("fastcfg.ledger.beside_int8", lambda: torch.bfloat16)
     model, L, D = dit("DiT-S/2"), 12, 384
     ceilings = Ceilings("a CPU", "measured", {"int8": 4e12, "bfloat16": 1e12}, 1e30)
     low, wide = (make_ledger("cpu", model, plan_of(model), 1, dtype, ceilings) for dtype in (torch.int8, torch.bfloat16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import threading
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from fastcfg import Error, Sampler
 from fastcfg.cli import main
 from fastcfg.engines import openvino_dit
-from fastcfg.engines.cpu_ops import has_bf16
-from fastcfg.engines.openvino_module import openvino_version
+from fastcfg.engines.cpu_ops import beside_int8, has_bf16
+from fastcfg.engines.openvino_module import openvino_version, quantises_activations
 from fastcfg.models.denoiser import Denoiser
+from fastcfg.models.dit import DiT
 
 pytestmark = pytest.mark.skipif(openvino_version() is None, reason="OpenVINO is not installed")
 
@@ -31,7 +33,8 @@ MODELS = {
     "many tokens": {"input_size": 24, "hidden_size": 64, "num_heads": 1, "depth": 1},
 }
 FOREIGN = {"shape": (4, 8, 8), "null_label": 5, "num_classes": 5, "schedule": "linear", "predicts": "eps"}
-DTYPES = ["fp32", *["bf16"] * has_bf16()]
+INT8 = openvino_version() is not None and quantises_activations()
+DTYPES = ["fp32", *["bf16"] * has_bf16(), *["int8"] * INT8]
 
 
 class Foreign(nn.Module):
@@ -85,6 +88,36 @@ def test_bf16_errs_no_more_than_twice_what_torch_does() -> None:
         for engine, dtype in (("reference", "fp32"), ("reference", "bf16"), ("openvino", "bf16"))
     )
     assert 1e-4 < relative(ours, exact) <= 2 * relative(torchs, exact)
+
+
+@pytest.mark.skipif(not INT8, reason="OpenVINO quantises no activations on this CPU")
+def test_int8_is_whole_numbers_times_scales() -> None:
+    """A scale for each output channel and for each `hidden_size` activations of a token, in torch's arithmetic."""
+    model = model_of("head 64")
+    assert isinstance(model.module, DiT)
+    D = model.module.config.hidden_size
+    x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+    t, y = torch.linspace(20, 980, 8).round(), torch.arange(8) % 5
+
+    def rounded(values: Tensor) -> Tensor:
+        groups = values.unflatten(-1, (-1, D))
+        scale = groups.abs().amax(-1, keepdim=True) / 127
+        return (torch.round(groups / scale) * scale).flatten(-2)
+
+    in_int8 = copy.deepcopy(model)
+    assert isinstance(in_int8.module, DiT)
+    for block in in_int8.module.blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+            layer.weight.data = torch.round(layer.weight.detach() / scale) * scale
+            layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    exact, want, ours = (
+        Sampler(of, engine=engine, dtype=dtype).predict(x, t, y)
+        for of, engine, dtype in ((model, "reference", "fp32"), (in_int8, "reference", "fp32"), (model, "openvino", "int8"))
+    )
+    if beside_int8() == torch.float32:
+        assert relative(ours, want) < 0.1 * relative(want, exact)
+    assert 1e-4 < relative(ours, exact) < 0.02
 
 
 def test_weights_that_change_are_noticed_and_taken_up() -> None:
@@ -148,16 +181,22 @@ def test_a_forked_process_is_told_to_make_its_own() -> None:
 @pytest.mark.parametrize(
     ("module", "options", "words"),
     [
-        (None, {"dtype": "int8"}, ("fp32", "int8")),
+        (random_model(**MODELS["own conditions"]), {"dtype": "int8"}, ("16", "72", "'cpu'")),
         (None, {"dtype": "fp16"}, ("fp32", "float16")),
         (None, {"device": "meta"}, ("'openvino' runs on the CPU", "meta")),
         (Foreign(), FOREIGN, ("Foreign", "'cpu'")),
     ],
 )
-def test_what_the_engine_has_not_is_refused(module: nn.Module | None, options: dict, words: tuple[str, ...]) -> None:
+def test_what_the_engine_has_not_is_refused(module: nn.Module | Denoiser | None, options: dict, words: tuple[str, ...]) -> None:
     with pytest.raises(Error) as refusal:
         Sampler(module or model_of("head 64"), engine="openvino", **options)
     assert all(word in str(refusal.value) for word in words)
+
+
+def test_int8_where_openvino_would_only_store_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_dit, "quantises_activations", lambda: False)
+    with pytest.raises(Error, match="VNNI"):
+        Sampler(model_of("head 64"), engine="openvino", dtype="int8")
 
 
 def test_without_openvino_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastcfg
 from cpu.cases import SCALE, Case, diffusers_twin
 from fastcfg.engines.cpu_ops import has_bf16, has_int8
-from fastcfg.engines.openvino_module import core, unreported
+from fastcfg.engines.openvino_module import core, quantises_activations, unreported
 from fastcfg.models.denoiser import call_module
 
 Loop = Callable[[int], Tensor]  # of so many steps -> samples, float32 [B, C, H, W]
@@ -67,7 +67,7 @@ def _fastcfg(case: Case) -> Iterator[Contender]:
     for dtype in (*_dtypes(), *["int8"] * has_int8()):
         yield Contender("fastcfg", dtype, {"": _sampler_loop(case, "cpu", dtype)})
     if installed("openvino"):
-        for dtype in _dtypes():
+        for dtype in (*_dtypes(), *["int8"] * quantises_activations()):
             yield Contender("fastcfg, engine openvino", dtype, {"": _sampler_loop(case, "openvino", dtype)})
     yield Contender("fastcfg's reference engine", "fp32", {"": _sampler_loop(case, "reference", "fp32")}, once=True)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcfg.engines.base import Engine, Request
 from fastcfg.engines.choice import fastest
 from fastcfg.engines.cpu_module import CpuModuleEngine
-from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
+from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, has_bf16, has_int8, has_packed_products
 from fastcfg.engines.fused_dit import FusedDiT, is_plain_dit
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
@@ -50,7 +50,7 @@ class CpuEngine:
     """Runs `plan` on a DiT's weights, packed in `dtype`; changes of the module after that are noticed.
 
     dtype: float32, bfloat16, int8 (per-token activations and per-channel weights in the blocks' products; the rest in
-    bfloat16 where the CPU has it) or None: the faster of the first two, measured once a machine and remembered. workers:
+    bfloat16 where that is faster) or None: the faster of the first two, measured once a machine and remembered. workers:
     threads, torch's number unless given. notes: what was chosen for this machine, and what it lacks. Runs of one process
     take turns, so any thread may call.
     """
@@ -68,9 +68,10 @@ class CpuEngine:
         if isinstance(model.null_label, Tensor):
             raise Error("a DiT's null label is a whole number, got a tensor")
         if dtype is not None and dtype not in NAMES:
-            raise Error(f"engine 'cpu' computes in {', '.join(NAMES.values())}, got {str(dtype).removeprefix('torch.')}")
-        if dtype == torch.int8 and not has_int8():
-            raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
+            kinds, got = ", ".join(NAMES.values()), str(dtype).removeprefix("torch.")
+            raise Error(f"engine {self.name!r} computes in {kinds}, got {got}")
+        if dtype == torch.int8:
+            self._check_int8(model)
         self.model, self.plan, self.device = model, plan, device
         self._workers = Workers(workers or torch.get_num_threads())
         measured = dtype is None and model.low_precision
@@ -182,9 +183,14 @@ class CpuEngine:
             notes.append("this torch has no oneDNN products on packed weights: torch's own are used")
         return tuple(notes)
 
+    def _check_int8(self, model: Denoiser) -> None:
+        del model
+        if not has_int8():
+            raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
+
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
         quantise = dtype == torch.int8
-        wide = (torch.bfloat16 if has_bf16() else torch.float32) if quantise else dtype
+        wide = beside_int8() if quantise else dtype
         with torch.no_grad():
             return FusedDiT(model, self.plan, CpuOperations(quantise), self.device, wide)
 

@@ -7,6 +7,7 @@ cache. Signatures and meaning are those of `fastcfg.kernels`. Results are new te
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcfg.engines.choice import fastest
 from fastcfg.engines.fused_dit import Layer
 from fastcfg.guidance import Guidance
 from fastcfg.noise import normal
@@ -199,6 +201,22 @@ def has_int8() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
+@lru_cache
+def beside_int8() -> torch.dtype:
+    """What is not int8 in int8 engines: bfloat16 where a product takes less time in it, as it does not where oneDNN has to
+    make it of float32 products. Measured once a machine and remembered."""
+    if not has_bf16():
+        return torch.float32
+    operations, dtypes = CpuOperations(), {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+    def product(dtype: torch.dtype) -> Callable[[], object]:
+        layer = operations.pack(torch.ones(512, 512, dtype=dtype), torch.ones(512, dtype=dtype), rows=256)
+        h = torch.ones(256, 512, dtype=dtype)
+        return lambda: operations.linear(h, *layer)
+
+    return dtypes[fastest("dtype of a product beside int8", {name: product(dtype) for name, dtype in dtypes.items()})]
+
+
 def _product(h: Tensor, weight: Any, bias: Tensor, gelu: bool) -> Tensor:
     if isinstance(weight, _Quantised):
         return _quantised_product(h, weight, bias, gelu)
@@ -226,12 +244,16 @@ def _attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack([product(torch.softmax(s, -1), values[h], None, "none", [], "") for h, s in enumerate(scores)])
 
 
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [N, K], float32 scale [N, 1]) of a float32 weight [N, K]: symmetric, a scale for each output channel."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return torch.round(weight / scale).to(torch.int8), scale
+
+
 def _quantise(weight: Tensor, rows: int) -> _Quantised:
-    """Symmetric int8 with one scale for each output channel. weight: float32 [N, K]."""
-    scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    whole = torch.round(weight / scale[:, None]).to(torch.int8)
+    whole, scale = quantised(weight)
     packed = torch.ops.onednn.qlinear_prepack(whole, [rows, weight.shape[1]])
-    return _Quantised(packed, scale, torch.zeros(len(scale), dtype=torch.int64))
+    return _Quantised(packed, scale[:, 0], torch.zeros(len(scale), dtype=torch.int64))
 
 
 def _quantised_product(h: Tensor, weight: _Quantised, bias: Tensor, gelu: bool) -> Tensor:

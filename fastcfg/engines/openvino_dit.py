@@ -12,12 +12,13 @@ import threading
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcfg.engines.cpu import CpuEngine, refuse_other_devices
-from fastcfg.engines.cpu_ops import CpuOperations, has_bf16
+from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, has_bf16, quantised
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, is_plain_dit
-from fastcfg.engines.openvino_module import PRECISIONS, compile_graph, convert, openvino_version
+from fastcfg.engines.openvino_module import GROUP, PRECISIONS, compile_graph, convert, openvino_version, quantises_activations
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT, DiTBlock
@@ -25,7 +26,8 @@ from fastcfg.plan import Plan
 
 
 class OpenVinoEngine(CpuEngine):
-    """`CpuEngine` on OpenVINO's graphs (the extra `openvino`): float32, or bfloat16 where the CPU has it."""
+    """`CpuEngine` on OpenVINO's graphs (the extra `openvino`): float32, bfloat16 where the CPU has it, or int8 where it has
+    quantised products. In int8 a token's activations have a scale for every `hidden_size` of them: fc2's input four."""
 
     name = "openvino"
 
@@ -39,10 +41,19 @@ class OpenVinoEngine(CpuEngine):
             raise Error(
                 f"engine 'openvino' is for DiT models, and this is a {type(model.module).__name__}: engine 'cpu' takes it"
             )
-        if dtype not in (None, torch.float32, *[torch.bfloat16] * has_bf16()):
-            kinds = "fp32" + (" and bf16" if has_bf16() else ", and on a CPU with bf16 products in bf16")
-            raise Error(f"engine 'openvino' computes in {kinds}, got {str(dtype).removeprefix('torch.')}")
+        if dtype == torch.bfloat16 and not has_bf16():
+            raise Error("engine 'openvino' computes in bf16 on a CPU with bf16 products, which this one lacks: use fp32")
         super().__init__(model, plan, device, dtype, workers)
+
+    def _check_int8(self, model: Denoiser) -> None:
+        assert isinstance(model.module, DiT)
+        width = model.module.config.hidden_size
+        if width % GROUP:
+            raise Error(
+                f"int8 on engine 'openvino' needs a width that {GROUP} divides, and this DiT's is {width}: use engine 'cpu'"
+            )
+        if not quantises_activations():
+            raise Error("int8 on engine 'openvino' needs a CPU with 8-bit products (VNNI): use fp32")
 
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
         with torch.no_grad():
@@ -52,12 +63,14 @@ class OpenVinoEngine(CpuEngine):
 class OpenVinoDiT(FusedDiT):
     """`FusedDiT` on a CPU with one OpenVINO graph for `denoise`, compiled for each number of rows when it is first needed.
 
-    precision: the graph's; all else is float32. streams: graphs that run at once, on one thread each.
+    dtype: the graph's, int8 for the blocks' products; all else is float32. streams: graphs that run at once, on one thread
+    each.
     """
 
-    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, precision: torch.dtype, streams: int):
-        assert precision in PRECISIONS
-        self._precision, self._streams, self._process = precision, streams, os.getpid()
+    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype, streams: int):
+        self._quantise, self._streams, self._process = dtype == torch.int8, streams, os.getpid()
+        self._precision = beside_int8() if self._quantise else dtype
+        assert self._precision in PRECISIONS
         self._compiled: dict[int, Any] = {}  # by rows
         self._compiling = threading.Lock()
         self._own = threading.local()  # a thread's requests, by rows
@@ -87,11 +100,14 @@ class OpenVinoDiT(FusedDiT):
     def _compile(self, rows: int) -> Any:
         graph = self._graph.clone()
         graph.reshape({port: [rows, *list(port.partial_shape)[1:]] for port in graph.inputs})
-        return compile_graph(graph, self._precision, self._streams, self._streams)
+        group = self.config.hidden_size if self._quantise else 0
+        return compile_graph(graph, self._precision, self._streams, self._streams, group)
 
     def _pack_trunk(self, module: DiT) -> None:
         # OpenVINO computes on the tensors that it is given, so they must be nobody else's to change, and must live as long
         self._trunk = _Trunk(copy.deepcopy(module).float()).eval()
+        if self._quantise:
+            _quantise_linear(self._trunk.blocks)
         width = (6 * self.config.depth + 2) * self.config.hidden_size
         tokens = torch.zeros(2, self.config.tokens, self.config.hidden_size)
         self._graph = convert(self._trunk, [tokens, torch.zeros(2, width)], any_rows=True)
@@ -110,3 +126,25 @@ class _Trunk(nn.Module):
             assert isinstance(block, DiTBlock)
             x = block.conditioned(x, *columns[6 * b : 6 * b + 6])
         return self.last.conditioned(x, *columns[-2:])
+
+
+def _quantise_linear(blocks: nn.ModuleList) -> None:
+    """Puts int8 weights into every linear layer of the blocks that is not hoisted."""
+    for block in blocks:
+        assert isinstance(block, DiTBlock)
+        for part in (block.attn, block.mlp):
+            for name, layer in part.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, _Int8Linear(layer))
+
+
+class _Int8Linear(nn.Module):
+    """A linear layer as OpenVINO has to see it, to multiply int8 by int8: whole numbers, widened and scaled."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight, self.scale = (nn.Parameter(part, requires_grad=False) for part in quantised(layer.weight))
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float() * self.scale, self.bias)

@@ -12,6 +12,7 @@ from importlib import metadata
 from io import StringIO
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from fastcfg.models.denoiser import call_module
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: torch.finfo(torch.bfloat16).eps}  # of the output's norm
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+GROUP = 16  # OpenVINO quantises activations in groups that this divides, and otherwise not at all
 
 
 def openvino_version() -> str | None:
@@ -117,8 +119,9 @@ def convert(module: nn.Module, inputs: list[Tensor], any_rows: bool = False) -> 
     return frontend.convert(frontend.load(decoder))
 
 
-def compile_graph(graph: Any, dtype: torch.dtype, threads: int, streams: int = 1) -> Any:
+def compile_graph(graph: Any, dtype: torch.dtype, threads: int, streams: int = 1, group: int = 0) -> Any:
     """OpenVINO's compiled model for this CPU. streams: requests that run at once, of threads / streams threads each.
+    group: of activations that get a common scale where they are multiplied by int8 weights; 0: they stay as they are.
 
     Threads are left to the system's scheduler: OpenVINO would bind them to the first cores, those of every process.
     """
@@ -128,8 +131,28 @@ def compile_graph(graph: Any, dtype: torch.dtype, threads: int, streams: int = 1
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": streams,
         "ENABLE_CPU_PINNING": False,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
     }
     return core().compile_model(graph, "CPU", options)
+
+
+@lru_cache
+def quantises_activations() -> bool:
+    """Whether OpenVINO multiplies int8 by int8 on this CPU; elsewhere it widens the weights and says nothing. A layer tells:
+    the rounding of its input shows in its output."""
+    core()
+    from openvino import Model
+    from openvino import opset13 as op
+
+    x = op.parameter([1, 4 * GROUP], np.float32)
+    weight = op.multiply(op.convert(op.constant(np.ones((GROUP, 4 * GROUP), np.int8)), "f32"), np.float32(1))
+    graph = Model([op.matmul(x, weight, False, True)], [x])
+    values = np.linspace(0.3, 1, 4 * GROUP, dtype=np.float32)[None]
+    exact, rounded = (
+        compile_graph(graph, torch.float32, 1, group=group).create_infer_request().infer([values])[0]
+        for group in (0, 4 * GROUP)
+    )
+    return not np.array_equal(exact, rounded)
 
 
 def _array(value: Tensor) -> Any:

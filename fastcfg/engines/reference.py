@@ -32,7 +32,7 @@ class ReferenceEngine:
 
     def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None):
         if dtype == torch.int8:
-            raise Error("engine 'reference' computes in floating point, got dtype 'int8': the cpu engine has it")
+            raise Error("engine 'reference' computes in floating point, got dtype 'int8': engines cpu and openvino have it")
         self.model, self.plan, self.device = model, plan, device
         self.dtype = model.dtype if dtype is None else dtype
         self._converted = model.device != device or model.dtype != self.dtype

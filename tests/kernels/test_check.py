@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from fastcfg import Error
-from fastcfg.kernels.check import Case, Row, compile_case
+from fastcfg.kernels.check import Case, Row, _compile_nth, _results, compile_case
 from fastcfg.kernels.noise import noise
 
 
@@ -70,11 +71,23 @@ rows(check.Case("product", lambda: linear.linear(h, weight, config=config), prod
 def test_the_report_has_a_row_for_every_target_and_returns_what_fails():
     header, *lines, count = compiling("""
 check.cases = lambda: [check.Case("d=64 T=64", lambda: check._attention(torch.float16, 64, 64), product=True, loop=True)]
-print(len(check.check_kernels()))
+print(len(check.check_kernels(processes=1)))
 """)
     assert header.split() == ["kernel", "variant", "target", "registers", "spills", "shared", "uses", "verdict"]
     assert [line.split()[3] for line in lines] == ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
     assert [line.endswith("ok") for line in lines].count(False) == int(count)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_processes_return_comes_in_order(processes):
+    """Numbers, and the longest task first: the next must wait for it."""
+    tasks = [partial(sum, range(10**7)), *(partial(divmod, n, 3) for n in range(20))]
+    assert list(_results(tasks, processes)) == [sum(range(10**7)), *(divmod(n, 3) for n in range(20))]
+
+
+def test_an_error_in_another_process_is_the_callers():
+    with pytest.raises(Error, match="TRITON_INTERPRET"):
+        list(_results([partial(_compile_nth, 0, "sm_90")], processes=2))
 
 
 def test_every_kernel_has_a_case():

@@ -292,9 +292,9 @@ from fastcfg.kernels.tuned import Entry, Table, write_table
 tuned.TABLES = Path(tempfile.mkdtemp())
 write_table(tuned.TABLES / "some-gpu.json", Table("Some GPU", "sm_90", tuple(entries)))
 check.cases = lambda: []
-failed = check.check_kernels(["sm_90"])
+failed = check.check_kernels(["sm_90"], processes=1)
 print("failed", len(failed))
-check.check_kernels(["sm_80"])
+check.check_kernels(["sm_80"], processes=1)
 """)
     end = next(i for i, line in enumerate(lines) if line.startswith("failed"))
     rows, elsewhere = lines[1:end], lines[end + 2 :]
