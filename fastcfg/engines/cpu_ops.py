@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcfg.engines.choice import fastest
+from fastcfg.engines.choice import fastest, machine
 from fastcfg.engines.fused_dit import Layer
 from fastcfg.guidance import Guidance
 from fastcfg.noise import normal
 from fastcfg.plan import Plan
 
-# From this many tokens on, attention is two products and a softmax: at 256 tokens on AVX-512 bf16 3.3 times as fast as torch's
-# SDPA in bfloat16 and 1.7 times in float32, and no faster below.
+# From this many tokens on, attention is two products and a softmax: at 256 tokens on an AMD EPYC with AVX-512 bf16 3.3 times as
+# fast as torch's SDPA in bfloat16 and 1.7 times in float32, and no faster below. SDPA's float32 products are MKL's, which are
+# fast on Intel's processors: there it takes half the time of ours.
 PRODUCT_TOKENS = 128
 
 _COLUMNS = ("x0_x", "x0_out", "c_x", "c_out", "c_x0", "c_prev", "c_noise")
@@ -130,7 +131,7 @@ class CpuOperations:
         R, T, width = qkv.shape
         D, d = width // 3, width // (3 * heads)
         packed = qkv.view(R, T, 3, heads, d).permute(2, 0, 3, 1, 4)
-        if T < PRODUCT_TOKENS or not has_packed_products(qkv.dtype):
+        if T < PRODUCT_TOKENS or not _attends_by_products(qkv.dtype):
             attended = F.scaled_dot_product_attention(*packed)
         else:
             attend = _attend_heads if qkv.dtype == torch.float32 else _attend
@@ -188,6 +189,12 @@ def has_packed_products(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bf16())
+
+
+@lru_cache
+def _attends_by_products(dtype: torch.dtype) -> bool:
+    """Not measured: a sample's bits must be the same on all machines with this processor."""
+    return has_packed_products(dtype) and not (dtype == torch.float32 and "Intel" in machine())
 
 
 def has_bf16() -> bool:
