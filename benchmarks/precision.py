@@ -26,19 +26,21 @@ from fastcfg.training.data import load_data
 
 ERRORS = ("model", "engine", "dtype", "steps", "median_error", "worst_error")
 QUALITY = ("scale", "engine", "dtype", "samples", "accuracy", "variety", "frechet_distance")
-QUANTISED = (("cpu", "int8"), *[("openvino", "int8")] * (openvino_version() is not None))
+LOW = (("reference", "bf16"), ("cpu", "bf16"), ("cpu", "int8"), *[("openvino", "int8")] * (openvino_version() is not None))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with the IDX files of Fashion-MNIST")
     parser.add_argument("--count", type=int, default=1000, help="samples of each quality figure")
+    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "int8"), default=("bf16", "int8"), help="compared with fp32")
     parser.add_argument("--scales", type=float, nargs="+", default=(1.25, 3.0))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/precision.csv"))
     arguments = parser.parse_args()
+    low = [(engine, dtype) for engine, dtype in LOW if dtype in arguments.dtypes]
     tables = [
-        printed(ERRORS, errors()),
-        printed(QUALITY, quality(arguments.data, arguments.scales, arguments.count)),
+        printed(ERRORS, errors(low)),
+        printed(QUALITY, quality(low, arguments.data, arguments.scales, arguments.count)),
     ]
     with open(arguments.out, "w", newline="") as file:
         for fields, rows in zip((ERRORS, QUALITY), tables, strict=True):
@@ -47,7 +49,7 @@ def main() -> None:
             writer.writerows(rows)
 
 
-def errors() -> Iterator[dict[str, str]]:
+def errors(low: list[tuple[str, str]]) -> Iterator[dict[str, str]]:
     """The error of samples, in rows of `ERRORS`."""
     models: dict[str, fastcfg.Denoiser | nn.Module] = {
         "fashion-mnist": fastcfg.load("fashion-mnist"),
@@ -56,7 +58,7 @@ def errors() -> Iterator[dict[str, str]]:
     for name, model in models.items():
         for steps in (2, 10, 50) if name == "fashion-mnist" else (2, 10):
             exact = samples(model, steps, "cpu", "fp32")
-            for engine, dtype in (("reference", "bf16"), ("cpu", "bf16"), *QUANTISED):
+            for engine, dtype in low:
                 error = (samples(model, steps, engine, dtype) - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
                 figures = {"median_error": f"{error.median():.1e}", "worst_error": f"{error.max():.1e}"}
                 yield {"model": name, "engine": engine, "dtype": dtype, "steps": str(steps)} | figures
@@ -80,11 +82,11 @@ def random_dit() -> nn.Module:
     return module
 
 
-def quality(data: str, scales: list[float], count: int) -> Iterator[dict[str, str]]:
+def quality(low: list[tuple[str, str]], data: str, scales: list[float], count: int) -> Iterator[dict[str, str]]:
     """The quality of the shipped model's samples, in rows of `QUALITY`."""
     network, labels = load_fashion_cnn(), torch.arange(count) % 10
     reference, _ = judge(network, pixels(load_data(data, "test").images))
-    for engine, dtype in (("cpu", "fp32"), ("cpu", "bf16"), *QUANTISED):
+    for engine, dtype in (("cpu", "fp32"), *(kind for kind in low if kind[0] != "reference")):
         sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=50, batch=100, engine=engine, dtype=dtype)
         for scale in scales:
             images = sampler(labels, scale, seeds=0).clamp(-1, 1)

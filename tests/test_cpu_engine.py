@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fastcfg
 from fastcfg import Error, Sampler
-from fastcfg.engines import choice, cpu
+from fastcfg.engines import choice, cpu, cpu_ops
 from fastcfg.engines.cpu import CpuEngine
-from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8
+from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.verify import verify
 
@@ -30,7 +30,7 @@ WIDE = {
     "hidden_size": 128,
     "num_heads": 2,
     "depth": 1,
-}  # 144 tokens: no joined rows, and attention as products
+}  # 144 tokens: no joined rows, and, where it pays, attention as products
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +124,35 @@ def test_bf16_errs_no_more_than_twice_what_torch_does(name: str) -> None:
     )
     assert 0 < relative(ours, exact) <= 2 * relative(torchs, exact)
     assert (ours - exact).norm() <= 1.2 * (torchs - exact).norm()
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), *[(torch.bfloat16, 1e-2)] * has_bf16()])
+def test_attention_either_way(dtype: torch.dtype, error: float, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its definition in float64."""
+    if products and not has_packed_products(dtype):
+        pytest.skip("no oneDNN products on packed weights in this torch")
+    monkeypatch.setattr(cpu_ops, "_attends_by_products", lambda _: products)
+    qkv = torch.randn(2, 192, 3 * 2 * 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, k, v = qkv.double().view(2, 192, 3, 2, 24).permute(2, 0, 3, 1, 4)
+    want = (torch.softmax(q @ k.transpose(-1, -2) / 24**0.5, -1) @ v).transpose(1, 2).reshape(2, 192, 48)
+    assert relative(CpuOperations().attention(qkv, 2).double(), want) < error
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype", "products"),
+    [
+        ("Intel(R) Xeon(R) Processor @ 2.50GHz", torch.float32, False),
+        ("AMD EPYC", torch.float32, True),
+        ("Intel(R) Xeon(R) Platinum 8481C", torch.bfloat16, True),
+    ],
+)
+def test_attention_goes_by_the_processor(
+    processor: str, dtype: torch.dtype, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_ops, "machine", lambda: f"{processor}, torch {torch.__version__}")
+    monkeypatch.setattr(cpu_ops, "has_packed_products", lambda _: True)
+    assert cpu_ops._attends_by_products.__wrapped__(dtype) is products
 
 
 @pytest.mark.skipif(not has_int8(), reason="no int8 products in this torch")
