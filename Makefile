@@ -18,10 +18,10 @@ test: $(INSTALLED)  ## Every test: the package's, the kernels' under the interpr
 	$(BIN)/python -m pytest --ignore tests/kernels -m alone
 	TRITON_INTERPRET=1 $(SIDE_BY_SIDE) tests/kernels
 
-side-by-side:
+side-by-side: $(INSTALLED)
 	$(SIDE_BY_SIDE) --ignore tests/kernels -m "not alone"
 
-compiled:  # in what the tests, many of which wait, leave of the cores
+compiled: $(INSTALLED)  # in what the tests, many of which wait, leave of the cores
 	nice -n 19 $(BIN)/fastcfg kernels check > $(COMPILED) || { cat $(COMPILED); exit 1; }
 
 lint: $(INSTALLED)  ## Formatting, lint and types.

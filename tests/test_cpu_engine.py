@@ -16,7 +16,7 @@ from test_fused_dit import LOW, random_model, relative
 from torch import Tensor, nn
 
 import fastcfg
-from fastcfg import Error, Sampler
+from fastcfg import Error, Sampler, portable
 from fastcfg.engines import choice, cpu, cpu_ops
 from fastcfg.engines.cpu import CpuEngine
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
@@ -153,6 +153,9 @@ def test_attention_goes_by_the_processor(
     monkeypatch.setattr(cpu_ops, "machine", lambda: f"{processor}, torch {torch.__version__}")
     monkeypatch.setattr(cpu_ops, "has_packed_products", lambda _: True)
     assert cpu_ops._attends_by_products.__wrapped__(dtype) is products
+    for name, value in portable.ENVIRONMENT.items():  # `fastcfg verify`: the same on every processor
+        monkeypatch.setenv(name, value)
+    assert cpu_ops._attends_by_products.__wrapped__(dtype) is True
 
 
 @pytest.mark.skipif(not has_int8(), reason="no int8 products in this torch")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcfg import portable
 from fastcfg.engines.choice import fastest, machine
 from fastcfg.engines.fused_dit import Layer
 from fastcfg.guidance import Guidance
@@ -193,8 +194,9 @@ def has_packed_products(dtype: torch.dtype) -> bool:
 
 @lru_cache
 def _attends_by_products(dtype: torch.dtype) -> bool:
-    """Not measured: a sample's bits must be the same on all machines with this processor."""
-    return has_packed_products(dtype) and not (dtype == torch.float32 and "Intel" in machine())
+    """Not measured: a sample's bits must be the same on all machines with this processor, and in a portable process on all."""
+    mkl_is_fast = dtype == torch.float32 and "Intel" in machine() and not portable.active()
+    return has_packed_products(dtype) and not mkl_is_fast
 
 
 def has_bf16() -> bool:
