@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, has_bf16, has_int8
+from fastcfg.engines.cpu_native import cpu_operations
+from fastcfg.engines.cpu_ops import beside_int8, has_bf16, has_int8
 from fastcfg.engines.workers import one_thread
 
 T, D, HEADS = 256, 384, 6
@@ -38,7 +39,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ],
 )
 def test_linear(benchmark: Any, K: int, N: int, options: dict[str, bool], dtype: str) -> None:
-    operations, wide = CpuOperations(dtype == "int8"), WIDE[dtype]
+    operations, wide = cpu_operations(dtype == "int8"), WIDE[dtype]
     layer = operations.pack(draw(N, K, dtype=wide) / K**0.5, draw(N, dtype=wide), rows=T)
     given: dict[str, Any] = {"gelu": options.get("gelu", False)}
     if options.get("gated"):
@@ -49,10 +50,10 @@ def test_linear(benchmark: Any, K: int, N: int, options: dict[str, bool], dtype:
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int8"])
 def test_attention(benchmark: Any, dtype: str) -> None:
-    benchmark(CpuOperations().attention, draw(1, T, 3 * D, dtype=WIDE[dtype]), HEADS)
+    benchmark(cpu_operations().attention, draw(1, T, 3 * D, dtype=WIDE[dtype]), HEADS)
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int8"])
 def test_adaln(benchmark: Any, dtype: str) -> None:
     index = torch.zeros(1, dtype=torch.int32)
-    benchmark(CpuOperations().adaln, draw(1, T, D, dtype=WIDE[dtype]), draw(1, 2 * D), index, 0, D)
+    benchmark(cpu_operations().adaln, draw(1, T, D, dtype=WIDE[dtype]), draw(1, 2 * D), index, 0, D)

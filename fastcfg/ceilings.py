@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastcfg.engines.choice import machine, measure
-from fastcfg.engines.cpu_ops import CpuOperations, beside_int8
+from fastcfg.engines.cpu_native import cpu_operations
+from fastcfg.engines.cpu_ops import beside_int8
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
 
@@ -98,7 +99,7 @@ def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
         return lambda: workers.map(work, range(workers.count))
 
     def product(kind: torch.dtype) -> Callable[[int], object]:
-        operations, stored = CpuOperations(kind == torch.int8), wide if kind == torch.int8 else kind
+        operations, stored = cpu_operations(kind == torch.int8), wide if kind == torch.int8 else kind
         weight, bias, h = (torch.randn(shape, generator=generator).to(stored) for shape in ((N, K), (N,), (1, M, K)))
         layer = operations.pack(weight, bias, rows=M)
         return lambda _: [operations.linear(h, *layer) for _ in range(REPEATS)]

@@ -46,7 +46,8 @@ def _uniform(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     return np.where(signed < 0, -signed - np.int32(1), signed).astype(np.float32) * np.float32(4.6566127342e-10)
 
 
-def _box_muller(words: tuple[NDArray[np.uint32], ...]) -> NDArray[np.float32]:
+def box_muller(words: Sequence[NDArray[np.uint32]]) -> NDArray[np.float32]:
+    """Normal values, float32, of the first two words of `philox`."""
     u1, u2 = np.maximum(np.float32(1.0e-7), _uniform(words[0])), _uniform(words[1])
     return np.sqrt(np.float32(-2.0) * np.log(u1)) * np.cos(np.float32(6.283185307179586) * u2)
 
@@ -54,7 +55,7 @@ def _box_muller(words: tuple[NDArray[np.uint32], ...]) -> NDArray[np.float32]:
 def philox_normal(seed: ArrayLike, offset: ArrayLike) -> NDArray[np.float32]:
     """What `tl.randn(seed, offset)` returns, float32, for a 64-bit seed and offsets of up to 64 bits."""
     wide = np.asarray(offset).astype(np.uint64)
-    return _box_muller(philox(seed, (wide & _LOW, wide >> _SHIFT, np.uint64(0), np.uint64(0))))
+    return box_muller(philox(seed, (wide & _LOW, wide >> _SHIFT, np.uint64(0), np.uint64(0))))
 
 
 def normal(seeds: ArrayLike, indices: ArrayLike, step: ArrayLike, shape: Sequence[int]) -> Tensor:
@@ -68,7 +69,7 @@ def normal(seeds: ArrayLike, indices: ArrayLike, step: ArrayLike, shape: Sequenc
     element = np.arange(int(np.prod(shape)), dtype=np.uint64)[None]
     at = np.asarray(step).astype(np.uint64).reshape(-1, 1)
     words = philox(key, (element, at, index & _LOW, index >> _SHIFT))
-    return torch.from_numpy(_box_muller(words)).reshape(len(key), *shape)
+    return torch.from_numpy(box_muller(words)).reshape(len(key), *shape)
 
 
 def as_seed(value: Any) -> int | None:

@@ -19,10 +19,12 @@ import fastcfg
 from fastcfg import Error, Sampler, portable
 from fastcfg.engines import choice, cpu, cpu_ops
 from fastcfg.engines.cpu import CpuEngine
+from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.verify import verify
 
+OPERATIONS = type(cpu_operations())  # the engine's
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = ["fp32", *["bf16"] * has_bf16(), *["int8"] * has_int8()]
 WIDE = {
@@ -194,20 +196,20 @@ def test_joined_rows_are_only_those_that_change_no_bit(monkeypatch: pytest.Monke
     def by_rows(self: CpuOperations, qkv: Tensor, heads: int, *, out: Tensor | None = None) -> Tensor:
         return attention(self, qkv, heads, out=out) * (1 + 1e-6 * (len(qkv) > 1))
 
-    attention = CpuOperations.attention
-    monkeypatch.setattr(CpuOperations, "attention", by_rows)
+    attention = OPERATIONS.attention
+    monkeypatch.setattr(OPERATIONS, "attention", by_rows)
     assert sampler(model_of("head 64")).engine._joined == {1}
 
 
 def test_null_rows_are_computed_inside_the_interval_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, attended = CpuOperations.attention, []
+    attention, attended = OPERATIONS.attention, []
 
     def counting(self: CpuOperations, qkv: Tensor, heads: int, *, out: Tensor | None = None) -> Tensor:
         attended.append(len(qkv))
         return attention(self, qkv, heads, out=out)
 
     made = sampler(model_of("many tokens"), 2, steps=6, interval=(200, 700))
-    monkeypatch.setattr(CpuOperations, "attention", counting)
+    monkeypatch.setattr(OPERATIONS, "attention", counting)
     made([0, 1, 2], scale=2.0)
     inside = int(made.plan.guided.sum())
     assert 0 < inside < 6
@@ -295,7 +297,7 @@ def test_an_error_in_a_worker_reaches_the_caller_and_leaves_the_engine_whole(mon
     made = sampler(model_of("head 64"), 2)
     want = made([0, 1, 2], scale=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(CpuOperations, "attention", lambda *_, **__: 1 / 0)
+        patch.setattr(OPERATIONS, "attention", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made([0, 1, 2], scale=2.0)
     assert torch.equal(made([0, 1, 2], scale=2.0), want)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg.engines import Request, fused_dit
+from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.cpu_ops import CpuOperations
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, Layer, is_plain_dit
 from fastcfg.engines.reference import ReferenceEngine
@@ -81,7 +82,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-@pytest.mark.parametrize("operations", [Definitions(), CpuOperations()], ids=["definitions", "cpu"])
+@pytest.mark.parametrize("operations", [Definitions(), CpuOperations(), cpu_operations()], ids=["definitions", "torch", "cpu"])
 @pytest.mark.parametrize(
     ("model", "guidance", "options"),
     [
@@ -105,7 +106,7 @@ def test_table_holds_what_each_block_makes_of_t_and_y() -> None:
     for own in (False, True):
         model = random_model(block_conditioning=own)
         module, t, y = model.module, torch.tensor([999.0, 12.5]), torch.tensor([5, 1])
-        for operations in (Definitions(), CpuOperations()):
+        for operations in (Definitions(), cpu_operations()):
             program = FusedDiT(model, a_plan(model), operations, CPU, torch.float32)
             with torch.no_grad():
                 table = program.modulations(t, y)
@@ -116,7 +117,7 @@ def test_table_holds_what_each_block_makes_of_t_and_y() -> None:
             torch.testing.assert_close(table, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("operations", [Definitions(), CpuOperations()], ids=["definitions", "cpu"])
+@pytest.mark.parametrize("operations", [Definitions(), CpuOperations(), cpu_operations()], ids=["definitions", "torch", "cpu"])
 def test_a_table_in_windows_changes_no_bit(operations: object, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(depth=1)
     plan = a_plan(model, steps=70)

@@ -16,7 +16,7 @@ import fastcfg
 from fastcfg.ceilings import Ceilings
 from fastcfg.engines import capture, cuda
 from fastcfg.engines.cpu import CpuEngine
-from fastcfg.engines.cpu_ops import CpuOperations
+from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.fused_dit import FusedDiT
 from fastcfg.explain import count_flops
 from fastcfg.guidance import Guidance, Interval
@@ -333,14 +333,15 @@ def test_torch_counts_the_same_products_when_the_program_runs() -> None:
 
 def test_calls_are_those_of_the_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
+    operations = type(cpu_operations())
     for name in ("adaln", "linear", "attention", "guided_step", "patch_embed"):
-        operation = getattr(CpuOperations, name)
+        operation = getattr(operations, name)
 
         def counted(self, *given, name=name, operation=operation, **options):
             calls[name] += 1
             return operation(self, *given, **options)
 
-        monkeypatch.setattr(CpuOperations, name, counted)
+        monkeypatch.setattr(operations, name, counted)
     model = random_model()
     plan = plan_of(model, steps=3)
     engine = CpuEngine(model, plan, CPU, torch.float32, workers=1)

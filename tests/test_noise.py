@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
-from fastcfg.noise import INITIAL_STEP, _box_muller, as_seed, normal, philox, philox_normal
+from fastcfg.noise import INITIAL_STEP, as_seed, box_muller, normal, philox, philox_normal
 
 PUBLISHED = [  # Random123's kat_vectors: philox4x32 with 10 rounds: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -72,7 +72,7 @@ def test_normal_is_box_muller_on_the_words_at_its_address(seed, index, step):
 def test_extreme_words_stay_finite():
     extreme = np.array([0, 1, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint32)
     a, b = (grid.reshape(-1) for grid in np.meshgrid(extreme, extreme))
-    values = _box_muller((a, b, a, b))
+    values = box_muller((a, b, a, b))
     assert np.isfinite(values).all()
     assert np.abs(values).max() <= math.sqrt(-2 * math.log(1e-7)) * 1.000001
 

@@ -14,10 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastcfg import portable
 from fastcfg.engines.base import Engine, Request
 from fastcfg.engines.choice import fastest
 from fastcfg.engines.cpu_module import CpuModuleEngine
-from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, has_bf16, has_int8, has_packed_products
+from fastcfg.engines.cpu_native import cpu_operations, kernels
+from fastcfg.engines.cpu_ops import beside_int8, has_bf16, has_int8, has_packed_products
 from fastcfg.engines.fused_dit import FusedDiT, is_plain_dit
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
@@ -181,6 +183,10 @@ class CpuEngine:
             notes.append("this CPU has no bf16 products")
         if not has_packed_products(torch.float32):
             notes.append("this torch has no oneDNN products on packed weights: torch's own are used")
+        if not (portable.active() or kernels().library):
+            notes.append(
+                f"between products torch's own operations are used, up to twice as slow in a small model: {kernels().why}"
+            )
         return tuple(notes)
 
     def _check_int8(self, model: Denoiser) -> None:
@@ -192,7 +198,7 @@ class CpuEngine:
         quantise = dtype == torch.int8
         wide = beside_int8() if quantise else dtype
         with torch.no_grad():
-            return FusedDiT(model, self.plan, CpuOperations(quantise), self.device, wide)
+            return FusedDiT(model, self.plan, cpu_operations(quantise), self.device, wide)
 
 
 def _first_block(module: DiT) -> DiT:

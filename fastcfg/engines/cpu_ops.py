@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from fastcfg.plan import Plan
 
 # From this many tokens on, attention is two products and a softmax: at 256 tokens on an AMD EPYC with AVX-512 bf16 3.3 times as
 # fast as torch's SDPA in bfloat16 and 1.7 times in float32, and no faster below. SDPA's float32 products are MKL's, which are
-# fast on Intel's processors: there it takes half the time of ours.
+# fast on Intel's processors: there it takes half the time of these products.
 PRODUCT_TOKENS = 128
 
 _COLUMNS = ("x0_x", "x0_out", "c_x", "c_out", "c_x0", "c_prev", "c_noise")
@@ -43,6 +44,23 @@ class _Quantised(NamedTuple):
     weight: Tensor
     scale: Tensor
     zero: Tensor
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a product's result y [R, T, D] goes through where it joins the stream: residual + gate y.
+
+    residual: [B, T, D], R a multiple of B; gate: columns of the table's lines index [R], D from `column` on.
+    """
+
+    residual: Tensor
+    table: Tensor
+    index: Tensor
+    column: int
+
+    def packed(self) -> Gate:
+        """Its tensors as compiled kernels read them."""
+        return Gate(self.residual.contiguous(), self.table.float().contiguous(), self.index.int().contiguous(), self.column)
 
 
 class CpuOperations:
@@ -115,29 +133,71 @@ class CpuOperations:
         gate_column: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
-        y = _product(h, weight, bias, gelu)
-        if residual is None:
-            return _into(out, y)
-        assert table is not None
-        assert index is not None
-        columns = slice(gate_column, gate_column + y.shape[-1])
-        gate = (table[int(index), columns] if len(index) == 1 else table[:, columns][index][:, None]).to(y.dtype)
+        gate = None
+        if residual is not None:
+            assert table is not None
+            assert index is not None
+            gate = Gate(residual, table, index, gate_column)
+        if isinstance(weight, _Quantised):
+            whole, scale = self._quantise_tokens(h.reshape(-1, h.shape[-1]))
+            y = torch.ops.onednn.qlinear_pointwise(
+                whole, 1.0, 128, weight.weight, weight.scale, weight.zero, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+            return self._dequantised(y.view(*h.shape[:-1], -1), scale, bias, gelu, gate, h.dtype, out)
+        y = self._product(h, weight, bias, gelu)
+        return _into(out, y) if gate is None else self._gated(y, gate, out)
+
+    def _product(self, h: Tensor, weight: Any, bias: Tensor, gelu: bool) -> Tensor:
+        if isinstance(weight, _Packed):
+            activation, form = ("gelu", "tanh") if gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(h, weight.weight, bias, activation, [], form)
+        y = F.linear(h, weight, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def _gated(self, y: Tensor, gate: Gate, out: Tensor | None) -> Tensor:
+        """y is nobody else's, and may hold the result."""
+        residual, table, index = gate.residual, gate.table, gate.index
+        columns = slice(gate.column, gate.column + y.shape[-1])
+        factor = (table[int(index), columns] if len(index) == 1 else table[:, columns][index][:, None]).to(y.dtype)
         if len(residual) < len(y):
             residual = residual.repeat(len(y) // len(residual), 1, 1)
         if y.dtype == torch.float32:  # rounded where the module rounds: after the product, then after the sum
-            return _into(out, y.mul_(gate).add_(residual))
-        return torch.addcmul(residual, gate, y, out=y if out is None else out)
+            return _into(out, y.mul_(factor).add_(residual))
+        return torch.addcmul(residual, factor, y, out=y if out is None else out)
+
+    def _quantise_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(uint8 [M, K] around 128, float32 scale [M, 1]) of tokens [M, K]. oneDNN has no fast path for signed activations."""
+        values = tokens.to(torch.float32, copy=True)
+        largest = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
+        values.mul_(torch.where(largest > 0, 127 / largest, 0)).round_()
+        # torch converts to int8 four times as fast as to uint8; flipping the top bit adds 128
+        return values.to(torch.int8).bitwise_xor_(-128).view(torch.uint8), largest / 127
+
+    def _dequantised(
+        self, y: Tensor, scale: Tensor, bias: Tensor, gelu: bool, gate: Gate | None, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        """A layer's result of its product y, float32 [R, T, N], of quantised tokens of this scale [R T, 1]."""
+        y = torch.addcmul(bias, y, scale.view(*y.shape[:-1], 1), out=y)
+        if gelu:
+            y = _gelu(y)
+        y = y.to(dtype)
+        return _into(out, y) if gate is None else self._gated(y, gate, out)
 
     def attention(self, qkv: Tensor, heads: int, *, out: Tensor | None = None) -> Tensor:
         R, T, width = qkv.shape
         D, d = width // 3, width // (3 * heads)
-        packed = qkv.view(R, T, 3, heads, d).permute(2, 0, 3, 1, 4)
         if T < PRODUCT_TOKENS or not _attends_by_products(qkv.dtype):
-            attended = F.scaled_dot_product_attention(*packed)
-        else:
-            attend = _attend_heads if qkv.dtype == torch.float32 else _attend
-            attended = attend(*packed.contiguous().view(3, R * heads, T, d)).view(R, heads, T, d)
+            return self._attended(qkv, heads, out)
+        packed = qkv.view(R, T, 3, heads, d).permute(2, 0, 3, 1, 4).contiguous()
+        attend = _attend_heads if qkv.dtype == torch.float32 else _attend
+        attended = attend(*packed.view(3, R * heads, T, d)).view(R, heads, T, d)
         return _into(out, attended.transpose(1, 2).reshape(R, T, D))
+
+    def _attended(self, qkv: Tensor, heads: int, out: Tensor | None) -> Tensor:
+        """Attention, other than by products."""
+        R, T, width = qkv.shape
+        packed = qkv.view(R, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        return _into(out, F.scaled_dot_product_attention(*packed).transpose(1, 2).reshape(R, T, width // 3))
 
     def guided_step(
         self,
@@ -226,16 +286,6 @@ def beside_int8() -> torch.dtype:
     return dtypes[fastest("dtype of a product beside int8", {name: product(dtype) for name, dtype in dtypes.items()})]
 
 
-def _product(h: Tensor, weight: Any, bias: Tensor, gelu: bool) -> Tensor:
-    if isinstance(weight, _Quantised):
-        return _quantised_product(h, weight, bias, gelu)
-    if isinstance(weight, _Packed):
-        activation, form = ("gelu", "tanh") if gelu else ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(h, weight.weight, bias, activation, [], form)
-    y = F.linear(h, weight, bias)
-    return F.gelu(y, approximate="tanh") if gelu else y
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention in bfloat16. q, k, v: contiguous [heads, T, d] (on a strided view the products take half as long again)."""
     unused = torch.empty((), dtype=q.dtype)
@@ -263,27 +313,6 @@ def _quantise(weight: Tensor, rows: int) -> _Quantised:
     whole, scale = quantised(weight)
     packed = torch.ops.onednn.qlinear_prepack(whole, [rows, weight.shape[1]])
     return _Quantised(packed, scale[:, 0], torch.zeros(len(scale), dtype=torch.int64))
-
-
-def _quantised_product(h: Tensor, weight: _Quantised, bias: Tensor, gelu: bool) -> Tensor:
-    """The product with activations quantised token by token. Their scale is applied to the result, then bias and GELU."""
-    whole, scale = _quantise_tokens(h.reshape(-1, h.shape[-1]))
-    y = torch.ops.onednn.qlinear_pointwise(
-        whole, 1.0, 128, weight.weight, weight.scale, weight.zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    torch.addcmul(bias, y, scale, out=y)
-    if gelu:
-        y = _gelu(y)
-    return y.to(h.dtype).view(*h.shape[:-1], -1)
-
-
-def _quantise_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(uint8 [M, K] around 128, float32 scale [M, 1]) of tokens [M, K]. oneDNN has no fast path for signed activations."""
-    values = tokens.to(torch.float32, copy=True)
-    largest = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
-    values.mul_(torch.where(largest > 0, 127 / largest, 0)).round_()
-    # torch converts to int8 four times as fast as to uint8; flipping the top bit adds 128
-    return values.to(torch.int8).bitwise_xor_(-128).view(torch.uint8), largest / 127
 
 
 def _gelu(y: Tensor) -> Tensor:

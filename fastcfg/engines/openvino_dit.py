@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcfg.engines.cpu import CpuEngine, refuse_other_devices
-from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, has_bf16, quantised
+from fastcfg.engines.cpu_native import cpu_operations
+from fastcfg.engines.cpu_ops import beside_int8, has_bf16, quantised
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, is_plain_dit
 from fastcfg.engines.openvino_module import GROUP, PRECISIONS, compile_graph, convert, openvino_version, quantises_activations
 from fastcfg.errors import Error
@@ -74,7 +75,7 @@ class OpenVinoDiT(FusedDiT):
         self._compiled: dict[int, Any] = {}  # by rows
         self._compiling = threading.Lock()
         self._own = threading.local()  # a thread's requests, by rows
-        super().__init__(model, plan, CpuOperations(), device, torch.float32)
+        super().__init__(model, plan, cpu_operations(), device, torch.float32)
 
     def denoise(self, tokens: Tensor, table: Tensor, index: Tensor, buffers: Buffers | None = None) -> Tensor:
         """As FusedDiT's; the graph has its own buffers."""

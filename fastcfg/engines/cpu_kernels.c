@@ -1,0 +1,397 @@
+/* What a DiT's blocks do between products, on one core: one pass over memory each, in float32 registers.
+
+   Compiled where it runs (cpu_native.py). Tensors are contiguous; kind says what is in an array that may be one of two:
+   0 float32, 1 bfloat16. table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has
+   fewer rows than index, rows share it: row r reads row r mod sources. Every token is computed alone, so its bits do not
+   depend on the others.
+
+   Compile without contraction of a * b + c: where it pays, it is asked for (MULTIPLY_ADD); guided_step has to round as the
+   reference engine does. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16 /* floats in a register */
+#define ROWS 12  /* of a product's tile: with 2 registers of columns, 24 of the 32 registers hold sums */
+#define MULTIPLY_ADD(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#else
+#define LANES 8
+#define ROWS 6
+#ifdef __FMA__
+#define MULTIPLY_ADD(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define BFLOAT16 1
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float quarter __attribute__((vector_size(16)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+INLINE floats all(float value) { return value - (floats){0}; }
+INLINE int count(long left) { return left < LANES ? (int)left : LANES; }
+
+/* One move for a whole register. */
+INLINE void copy(void *to, const void *from, int n, size_t size) {
+    if (n == LANES)
+        memcpy(to, from, LANES * size);
+    else
+        memcpy(to, from, (size_t)n * size);
+}
+
+/* Values start .. start + n of an array; zeros in the lanes after them. */
+INLINE floats load(const void *array, long start, int n, int kind) {
+    if (kind == BFLOAT16) {
+        halves half = {0};
+        copy(&half, (const uint16_t *)array + start, n, 2);
+        return (floats)(__builtin_convertvector(half, bits) << 16);
+    }
+    floats value = {0};
+    copy(&value, (const float *)array + start, n, 4);
+    return value;
+}
+
+INLINE float number(const void *array, long at, int kind) {
+    if (kind != BFLOAT16) return ((const float *)array)[at];
+    uint32_t word = (uint32_t)((const uint16_t *)array)[at] << 16;
+    float widened;
+    memcpy(&widened, &word, sizeof widened);
+    return widened;
+}
+
+INLINE void store(void *array, long start, int n, floats value, int kind) {
+    if (kind == BFLOAT16) { /* to the nearest, ties to even; a NaN stays one */
+        bits word = (bits)value;
+        bits rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+        bits is_nan = (bits)(value != value);
+        halves half = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), halves);
+        copy((uint16_t *)array + start, &half, n, 2);
+        return;
+    }
+    copy((float *)array + start, &value, n, 4);
+}
+
+INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
+INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+INLINE floats magnitude(floats a) { return (floats)((ints)a & 0x7fffffff); }
+
+INLINE float sum(floats value) {
+    quarter part[LANES / 4];
+    memcpy(part, &value, sizeof value);
+    for (int i = 1; i < LANES / 4; i++) part[0] += part[i];
+    return part[0][0] + part[0][1] + (part[0][2] + part[0][3]);
+}
+
+INLINE float largest(floats value) {
+    float part[LANES];
+    memcpy(part, &value, sizeof value);
+    for (int half = LANES / 2; half >= 4; half /= 2)
+        for (int lane = 0; lane < half; lane++) part[lane] = part[lane] > part[lane + half] ? part[lane] : part[lane + half];
+    float one = part[0] > part[1] ? part[0] : part[1], other = part[2] > part[3] ? part[2] : part[3];
+    return one > other ? one : other;
+}
+
+/* The nearest whole number, ties to even, of |value| < 2^22: the sum has no bits for a fraction. */
+#define WHOLE 12582912.0f
+
+/* e^x to 2 units in the last place, for any x: 0 below the smallest normal number. 2^n p(r), n whole, |r| <= ln 2 / 2. */
+INLINE floats exponential(floats x) {
+    ints vanishes = x < -87.3f;
+    x = choose(x > 88.3f, all(88.3f), choose(vanishes, all(-87.3f), x));
+    floats shifted = MULTIPLY_ADD(x, all(1.44269504f), all(WHOLE));
+    floats n = shifted - WHOLE;
+    floats r = MULTIPLY_ADD(n, all(-0.693359375f), x);
+    r = MULTIPLY_ADD(n, all(2.12194440e-4f), r);
+    floats p = MULTIPLY_ADD(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+    p = MULTIPLY_ADD(p, r, all(8.3334519073e-3f));
+    p = MULTIPLY_ADD(p, r, all(4.1665795894e-2f));
+    p = MULTIPLY_ADD(p, r, all(1.6666665459e-1f));
+    p = MULTIPLY_ADD(p, r, all(5.0000001201e-1f));
+    p = MULTIPLY_ADD(p, r * r, r + 1.0f);
+    floats value = (floats)((ints)p + ((ints)shifted << 23));
+    return (floats)((ints)value & ~vanishes);
+}
+
+/* 1 / x to a unit in the last place, for x of no extreme size; half the time of a division. */
+INLINE floats reciprocal(floats x) {
+#ifdef __AVX512F__
+    floats r = (floats)_mm512_rcp14_ps((__m512)x);
+    return r * MULTIPLY_ADD(-x, r, all(2));
+#else
+    return 1.0f / x;
+#endif
+}
+
+/* The low byte of n lanes. */
+INLINE void narrow(uint8_t *to, int n, ints value) {
+#ifdef __AVX512F__
+    _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << n) - 1), (__m512i)value);
+#else
+    for (int lane = 0; lane < n; lane++) to[lane] = (uint8_t)value[lane];
+#endif
+}
+
+/* tanh-GELU as x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3) */
+INLINE floats gelu(floats x) {
+    floats twice = x * MULTIPLY_ADD(0.0713548162726f * x, x, all(1.5957691216f));
+    return x * reciprocal(1.0f + exponential(-twice));
+}
+
+/* What of adaLN is done with n <= LANES values: their sum, their squared distance from the mean, and the result. */
+INLINE floats squares(const void *x, long at, int n, float mean, int kind) {
+    floats centred = load(x, at, n, kind) - mean;
+    for (int lane = n; lane < LANES; lane++) centred[lane] = 0;
+    return centred * centred;
+}
+
+INLINE void modulate(const void *x, long at, const float *shift, const float *scale, void *out, long to, int n, float mean,
+                     float factor, int kind) {
+    floats normal = (load(x, at, n, kind) - mean) * factor;
+    store(out, to, n, normal * (1.0f + load(scale, 0, n, 0)) + load(shift, 0, n, 0), kind);
+}
+
+INLINE void adaln_token(const void *x, long at, const float *shift, const float *scale, void *out, long to, long D, float eps,
+                        int kind) {
+    long d, left = D % LANES, whole = D - left;
+    floats total = {0}, square = {0};
+    for (d = 0; d < whole; d += LANES) total += load(x, at + d, LANES, kind);
+    if (left) total += load(x, at + d, (int)left, kind);
+    float mean = sum(total) / (float)D;
+    for (d = 0; d < whole; d += LANES) square += squares(x, at + d, LANES, mean, kind);
+    if (left) square += squares(x, at + d, (int)left, mean, kind);
+    float factor = 1 / sqrtf(sum(square) / (float)D + eps);
+    for (d = 0; d < whole; d += LANES) modulate(x, at + d, shift + d, scale + d, out, to + d, LANES, mean, factor, kind);
+    if (left) modulate(x, at + d, shift + d, scale + d, out, to + d, (int)left, mean, factor, kind);
+}
+
+/* adaLN: out = (x - mean) / sqrt(var + eps) (1 + scale) + shift.  x [sources, T, D], out [R, T, D] of one kind. */
+void fastcfg_adaln(const void *x, const float *table, const int32_t *index, void *out, long R, long sources, long T, long D,
+                   long width, long shift_column, long scale_column, float eps, int kind) {
+    for (long r = 0; r < R; r++) {
+        const float *line = table + index[r] * width, *shift = line + shift_column, *scale = line + scale_column;
+        for (long t = 0; t < T; t++) {
+            long at = (r % sources * T + t) * D, to = (r * T + t) * D;
+            if (kind == BFLOAT16)
+                adaln_token(x, at, shift, scale, out, to, D, eps, BFLOAT16);
+            else
+                adaln_token(x, at, shift, scale, out, to, D, eps, 0);
+        }
+    }
+}
+
+/* out = residual + gate y.  y, out [R, T, D], which may be one array, and residual [sources, T, D], of one kind. */
+void fastcfg_gate(const void *y, const void *residual, const float *table, const int32_t *index, void *out, long R,
+                  long sources, long T, long D, long width, long gate_column, int kind) {
+    for (long r = 0; r < R; r++) {
+        const float *line = table + index[r] * width + gate_column;
+        for (long t = 0; t < T; t++) {
+            long in = (r % sources * T + t) * D, to = (r * T + t) * D;
+            for (long d = 0; d < D; d += LANES) {
+                int n = count(D - d);
+                floats value = load(line, d, n, 0) * load(y, to + d, n, kind);
+                store(out, to + d, n, load(residual, in + d, n, kind) + value, kind);
+            }
+        }
+    }
+}
+
+/* int8: whole = round(127 h / s) + 128 and scale = s / 127 with s the largest |h| of a token.  h, whole [M, K], scale [M]. */
+void fastcfg_quantise(const void *h, uint8_t *whole, float *scale, long M, long K, int kind) {
+    for (long m = 0; m < M; m++) {
+        floats most = {0};
+        for (long k = 0; k < K; k += LANES) most = larger(magnitude(load(h, m * K + k, count(K - k), kind)), most);
+        float s = largest(most), factor = s > 0 ? 127 / s : 0;
+        scale[m] = s / 127;
+        for (long k = 0; k < K; k += LANES) {
+            int n = count(K - k);
+            floats shifted = load(h, m * K + k, n, kind) * factor + (WHOLE + 128.0f);
+            narrow(whole + m * K + k, n, (ints)shifted);
+        }
+    }
+}
+
+/* The result of an int8 product: v = scale y + bias of y float32 [R, T, D], scale [R, T], bias [D]; then out = gelu(v) where
+   with_gelu, residual + gate v where there is a residual, else v.  out as y's shape, residual as in fastcfg_gate, of `kind`. */
+void fastcfg_dequantise(const float *y, const float *scale, const float *bias, int with_gelu, const void *residual,
+                        const float *table, const int32_t *index, void *out, long R, long sources, long T, long D, long width,
+                        long gate_column, int kind) {
+    for (long r = 0; r < R; r++) {
+        const float *line = residual ? table + index[r] * width + gate_column : 0;
+        for (long t = 0; t < T; t++) {
+            long in = (r % sources * T + t) * D, to = (r * T + t) * D;
+            for (long d = 0; d < D; d += LANES) {
+                int n = count(D - d);
+                floats value = load(y, to + d, n, 0) * scale[r * T + t] + load(bias, d, n, 0);
+                if (with_gelu) value = gelu(value);
+                if (residual) value = load(residual, in + d, n, kind) + load(line, d, n, 0) * value;
+                store(out, to + d, n, value, kind);
+            }
+        }
+    }
+}
+
+/* C = A B for `rows` rows and `registers` of columns. */
+INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, int rows, int registers) {
+    floats sums[ROWS][2];
+    for (int m = 0; m < rows; m++)
+        for (int j = 0; j < registers; j++) sums[m][j] = all(0);
+    for (long k = 0; k < K; k++) {
+        floats columns[2];
+        for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, 0);
+        for (int m = 0; m < rows; m++) {
+            floats a = all(A[m * lda + k]);
+            for (int j = 0; j < registers; j++) sums[m][j] = MULTIPLY_ADD(a, columns[j], sums[m][j]);
+        }
+    }
+    for (int m = 0; m < rows; m++)
+        for (int j = 0; j < registers; j++) store(C, m * ldc + j * LANES, LANES, sums[m][j], 0);
+}
+
+/* C = A B with `rows` rows, N columns, a multiple of LANES. */
+INLINE void strip(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long N, long K, int rows) {
+    long n = 0;
+    for (; n + 2 * LANES <= N; n += 2 * LANES) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 2);
+    if (n < N) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 1);
+}
+
+/* Weights e^(s - max s) of a query's scores s [T, filled up to padded], in place; returns one over their sum. */
+INLINE float weigh(float *s, long T, long padded) {
+    floats most = all(-INFINITY), total = {0};
+    for (long k = T; k < padded; k++) s[k] = -INFINITY;
+    for (long k = 0; k < padded; k += LANES) most = larger(load(s, k, LANES, 0), most);
+    float highest = largest(most);
+    for (long k = 0; k < padded; k += LANES) {
+        floats weight = exponential(load(s, k, LANES, 0) - highest);
+        total += weight;
+        store(s, k, LANES, weight, 0);
+    }
+    return 1 / sum(total);
+}
+
+INLINE long up(long n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE long apart(long n) { return up(n) + LANES; } /* rows of k: a power of two would put them all into a few cache sets */
+
+/* Floats of scratch memory that fastcfg_attention needs. */
+long fastcfg_attention_scratch(long T, long d) {
+    return T * d + d * apart(T) + T * up(d) + ROWS * (up(T) + up(d)) + LANES * up(d);
+}
+
+/* to [n, stride] = factor times n tokens' d values of `array`, which are `step` values apart. */
+INLINE void gather(const void *array, long start, long step, long n, long d, float factor, float *to, long stride, int kind) {
+    for (long t = 0; t < n; t++)
+        for (long i = 0; i < d; i += LANES) {
+            int wide = count(d - i);
+            store(to, t * stride + i, wide, load(array, start + t * step + i, wide, kind) * factor, 0);
+        }
+}
+
+/* out [rows, T] of a head for `rows` queries q [rows, d]: k [d, keys], v [T, values], keys and values filled up to registers. */
+INLINE void attend(const float *q, const float *k, const float *v, float *scores, float *result, long T, long d, int rows) {
+    long keys = up(T), values = up(d);
+    float weights[ROWS];
+    strip(q, d, k, apart(T), scores, keys, keys, d, rows);
+    for (long m = 0; m < rows; m++) weights[m] = weigh(scores + m * keys, T, keys);
+    strip(scores, keys, v, values, result, values, values, T, rows);
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < values; i += LANES)
+            store(result, m * values + i, LANES, load(result, m * values + i, LANES, 0) * weights[m], 0);
+}
+
+/* softmax(q k^T / sqrt(d)) v for every head.  qkv [R, T, 3, heads, d], out [R, T, heads, d] of one kind. */
+void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long T, long heads, long d, int kind) {
+    long values = up(d), D = heads * d;
+    float *q = scratch, *k = q + T * d, *v = k + d * apart(T), *scores = v + T * values, *result = scores + ROWS * up(T);
+    float *few = result + ROWS * values; /* LANES tokens, on their way to k */
+    memset(v, 0, sizeof(float) * (size_t)(T * values));
+    for (long r = 0; r < R; r++)
+        for (long head = 0; head < heads; head++) {
+            long start = r * T * 3 * D + head * d;
+            gather(qkv, start, 3 * D, T, d, 1 / sqrtf((float)d), q, d, kind);
+            gather(qkv, start + 2 * D, 3 * D, T, d, 1, v, values, kind);
+            for (long t = 0; t < T; t += LANES) {
+                int n = count(T - t);
+                if (n < LANES) memset(few, 0, sizeof(float) * (size_t)(LANES * d));
+                gather(qkv, start + D + t * 3 * D, 3 * D, n, d, 1, few, d, kind);
+                for (long i = 0; i < d; i++)
+                    for (int lane = 0; lane < LANES; lane++) k[i * apart(T) + t + lane] = few[lane * d + i];
+            }
+            for (long t = 0, rows; t < T; t += rows) {
+                const float *query = q + t * d;
+                rows = T - t >= ROWS ? ROWS : T - t >= ROWS / 3 ? ROWS / 3 : 1;
+                if (rows == ROWS)
+                    attend(query, k, v, scores, result, T, d, ROWS);
+                else if (rows > 1)
+                    attend(query, k, v, scores, result, T, d, ROWS / 3);
+                else
+                    attend(query, k, v, scores, result, T, d, 1);
+                for (long m = 0; m < rows; m++)
+                    for (long i = 0; i < d; i += LANES) {
+                        int n = count(d - i);
+                        store(out, (r * T + t + m) * D + head * d + i, n, load(result, m * values + i, n, 0), kind);
+                    }
+            }
+        }
+}
+
+/* The guided step without rescale and learned variance, in float64 and with the reference engine's rounding, in place in x.
+
+   model_out [B or 2B, outputs, S] of `kind`, the null half, if any, behind; x, history or none [B, C, S]; noise or none float32
+   [B, C, S]; coefficients: nine a step, as `CpuOperations.step_table` has them; step [B]; scale s [B]. The first `guided`
+   channels are guided. */
+void fastcfg_guided_step(const void *model_out, double *x, double *history, const float *noise, const double *coefficients,
+                         const int32_t *step, const double *scale, long halves, long B, long C, long outputs, long S,
+                         long guided, int clip, int kind) {
+    for (long b = 0; b < B; b++) {
+        const double *c = coefficients + 9 * step[b], s = scale[b];
+        for (long i = 0; i < C * S; i++) {
+            long out = b * outputs * S + i, in = b * C * S + i;
+            double prediction = number(model_out, out, kind);
+            if (halves == 2 && s != 1 && i < guided * S) {
+                double null = number(model_out, out + B * outputs * S, kind);
+                prediction = null + s * (prediction - null);
+            }
+            double x0 = c[0] * x[in] + c[1] * prediction;
+            if (clip) x0 = x0 < -1 ? -1 : x0 > 1 ? 1 : x0;
+            x[in] = c[2] * x[in] + c[3] * prediction + c[4] * x0;
+            if (history) {
+                x[in] += c[5] * history[in];
+                history[in] = x0;
+            }
+            if (noise) x[in] += c[6] * noise[in];
+        }
+    }
+}
+
+/* The first two of the words of `fastcfg.noise.philox` for N elements of each sample, uint32 [B, N] each. */
+void fastcfg_philox(const int64_t *seeds, const int64_t *indices, const int32_t *step, uint32_t *first, uint32_t *second, long B,
+                    long N) {
+    for (long b = 0; b < B; b++) {
+        uint64_t seed = (uint64_t)seeds[b], place = (uint64_t)indices[b];
+        for (long i = 0; i < N; i++) {
+            uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+            uint32_t c0 = (uint32_t)i, c1 = (uint32_t)step[b], c2 = (uint32_t)place, c3 = (uint32_t)(place >> 32);
+            for (int round = 0; round < 10; round++) {
+                uint64_t product_a = (uint64_t)0xD2511F53u * c0, product_b = (uint64_t)0xCD9E8D57u * c2;
+                c0 = (uint32_t)(product_b >> 32) ^ c1 ^ k0;
+                c1 = (uint32_t)product_b;
+                c2 = (uint32_t)(product_a >> 32) ^ c3 ^ k1;
+                c3 = (uint32_t)product_a;
+                k0 += 0x9E3779B9u;
+                k1 += 0xBB67AE85u;
+            }
+            first[b * N + i] = c0;
+            second[b * N + i] = c1;
+        }
+    }
+}
