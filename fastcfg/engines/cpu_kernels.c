@@ -347,13 +347,13 @@ void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long 
 /* The guided step without rescale and learned variance, in float64 and with the reference engine's rounding, in place in x.
 
    model_out [B or 2B, outputs, S] of `kind`, the null half, if any, behind; x, history or none [B, C, S]; noise or none float32
-   [B, C, S]; coefficients: nine a step, as `CpuOperations.step_table` has them; step [B]; scale s [B]. The first `guided`
-   channels are guided. */
-void fastcfg_guided_step(const void *model_out, double *x, double *history, const float *noise, const double *coefficients,
-                         const int32_t *step, const double *scale, long halves, long B, long C, long outputs, long S,
-                         long guided, int clip, int kind) {
+   [B, C, S]; rows: each sample's nine numbers of `CpuOperations.step_table`; scale s [B]. The first `guided` channels are
+   guided. */
+void fastcfg_guided_step(const void *model_out, double *x, double *history, const float *noise, const double *rows,
+                         const double *scale, long halves, long B, long C, long outputs, long S, long guided, int clip,
+                         int kind) {
     for (long b = 0; b < B; b++) {
-        const double *c = coefficients + 9 * step[b], s = scale[b];
+        const double *c = rows + 9 * b, s = scale[b];
         for (long i = 0; i < C * S; i++) {
             long out = b * outputs * S + i, in = b * C * S + i;
             double prediction = number(model_out, out, kind);

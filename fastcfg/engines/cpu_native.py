@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fastcfg_attention": [_POINTER] * 3 + [_LONG] * 4 + [_INT],
     "fastcfg_attention_scratch": [_LONG] * 2,
     "fastcfg_philox": [_POINTER] * 5 + [_LONG] * 2,
-    "fastcfg_guided_step": [_POINTER] * 7 + [_LONG] * 6 + [_INT] * 2,
+    "fastcfg_guided_step": [_POINTER] * 6 + [_LONG] * 6 + [_INT] * 2,
 }
 
 
@@ -139,38 +139,26 @@ class NativeOperations(CpuOperations):
         )  # fmt: skip
         return out
 
-    def guided_step(
+    def _step(
         self,
         model_out: Tensor,
         x: Tensor,
-        coef: Tensor,
-        scale: Tensor,
-        step: Tensor,
-        *,
-        x0_prev: Tensor | None = None,
-        noise: Tensor | None = None,
-        seeds: Tensor | None = None,
-        indices: Tensor | None = None,
-        channels: int | None = None,
-        rescale: float = 0.0,
-        clip: bool = False,
-        learned: bool = False,
-        out: Tensor | None = None,
+        history: Tensor | None,
+        z: Tensor | None,
+        rows: Tensor,
+        s: Tensor,
+        guided: int,
+        rescale: float,
+        clip: bool,
+        learned: bool,
     ) -> Tensor:
-        if out is not x or rescale or learned:
-            return super().guided_step(
-                model_out, x, coef, scale, step, x0_prev=x0_prev, noise=noise, seeds=seeds, indices=indices,
-                channels=channels, rescale=rescale, clip=clip, learned=learned, out=out,
-            )  # fmt: skip
-        B, C = x.shape[:2]
-        model_out = model_out.contiguous()
-        s, z = scale[step, torch.arange(B)].double(), None
-        if bool(coef[step, 6].any()) and (noise is not None or seeds is not None):
-            z = noise[step, torch.arange(B)].contiguous() if noise is not None else self._drawn(seeds, indices, step, x)
+        if rescale or learned:
+            return super()._step(model_out, x, history, z, rows, s, guided, rescale, clip, learned)
+        (B, C), (halves, outputs) = x.shape[:2], (len(model_out) // len(x), model_out.shape[1])
+        model_out, z = model_out.contiguous(), None if z is None else z.float().contiguous()
         self.library.fastcfg_guided_step(
-            model_out.data_ptr(), x.data_ptr(), _address(x0_prev), _address(z), coef.data_ptr(), step.data_ptr(),
-            s.data_ptr(), len(model_out) // B, B, C, model_out.shape[1], x[0, 0].numel(), C if channels is None else channels,
-            clip, KINDS[model_out.dtype],
+            model_out.data_ptr(), x.data_ptr(), _address(history), _address(z), rows.data_ptr(), s.data_ptr(),
+            halves, B, C, outputs, x[0, 0].numel(), guided, clip, KINDS[model_out.dtype],
         )  # fmt: skip
         return x
 

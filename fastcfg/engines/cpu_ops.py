@@ -218,30 +218,53 @@ class CpuOperations:
         out: Tensor | None = None,
     ) -> Tensor:
         """In float64, with terms, their order and their rounding as in the reference engine."""
+        rows, z = torch.arange(len(x)), None
+        if bool(coef[step, _COLUMNS.index("c_noise")].any()) and (noise is not None or seeds is not None):
+            z = noise[step, rows] if noise is not None else self._drawn(seeds, indices, step, x)
+        given = x if out is x else x.clone()
+        s, guided = scale[step, rows].double(), x.shape[1] if channels is None else channels
+        return _into(out, self._step(model_out, given, x0_prev, z, coef[step], s, guided, rescale, clip, learned))
+
+    def _step(
+        self,
+        model_out: Tensor,
+        x: Tensor,
+        history: Tensor | None,
+        z: Tensor | None,
+        rows: Tensor,
+        s: Tensor,
+        guided: int,
+        rescale: float,
+        clip: bool,
+        learned: bool,
+    ) -> Tensor:
+        """x after its step, in x or not. history: x0 of the step before, replaced; z: noise; rows: [B, 9] of the step table."""
         B, C = x.shape[:2]
-        rows = torch.arange(B)
-        x0_x, x0_out, c_x, c_out, c_x0, c_prev, c_noise, log_min, log_max = (
-            coef[step].view(B, -1, *[1] * (x.ndim - 1)).unbind(1)
-        )
+        x0_x, x0_out, c_x, c_out, c_x0, c_prev, c_noise, log_min, log_max = rows.view(B, -1, *[1] * (x.ndim - 1)).unbind(1)
         prediction, v = model_out[:B, :C].double(), model_out[:B, C:].double()
         if len(model_out) == 2 * B:
-            k = C if channels is None else channels
-            null, s = model_out[B:, :k].double(), scale[step, rows].double()
-            prediction[:, :k] = _guidance(rescale).combine(prediction[:, :k], null, s)
+            null = model_out[B:, :guided].double()
+            prediction[:, :guided] = _guidance(rescale).combine(prediction[:, :guided], null, s)
         x0 = x0_x * x + x0_out * prediction
         if clip:
             x0 = x0.clamp(-1, 1)
         moved = c_x * x + c_out * prediction + c_x0 * x0
-        if x0_prev is not None:
-            moved += c_prev * x0_prev
-            x0_prev.copy_(x0)
-        if bool(c_noise.any()) and (noise is not None or seeds is not None):
-            z = noise[step, rows].double() if noise is not None else _drawn(seeds, indices, step, x)
+        if history is not None:
+            moved += c_prev * history
+            history.copy_(x0)
+        if z is not None:
+            z = z.double()
             if learned:
                 fraction = (v + 1) / 2
                 z = torch.exp(0.5 * (fraction * log_max + (1 - fraction) * log_min)) * z
             moved += c_noise * z
-        return _into(out, moved)
+        return moved
+
+    def _drawn(self, seeds: Tensor | None, indices: Tensor | None, step: Tensor, x: Tensor) -> Tensor:
+        """Noise for each sample at its own step, float32 of x's shape."""
+        assert seeds is not None
+        assert indices is not None
+        return normal(seeds.numpy(), indices.numpy(), step.numpy() + 1, x.shape[1:])
 
 
 def has_packed_products(dtype: torch.dtype) -> bool:
@@ -326,12 +349,5 @@ def _guidance(rescale: float) -> Guidance:
     return Guidance(rescale=rescale)
 
 
-def _drawn(seeds: Tensor | None, indices: Tensor | None, step: Tensor, x: Tensor) -> Tensor:
-    """Each sample's noise at its own step, float64 like x."""
-    assert seeds is not None
-    assert indices is not None
-    return normal(seeds.numpy(), indices.numpy(), step.numpy() + 1, x.shape[1:]).double()
-
-
 def _into(out: Tensor | None, value: Tensor) -> Tensor:
-    return value if out is None else out.copy_(value)
+    return value if out is None or out is value else out.copy_(value)
