@@ -218,12 +218,12 @@ class CpuOperations:
         out: Tensor | None = None,
     ) -> Tensor:
         """In float64, with terms, their order and their rounding as in the reference engine."""
-        rows, z = torch.arange(len(x)), None
-        if bool(coef[step, _COLUMNS.index("c_noise")].any()) and (noise is not None or seeds is not None):
-            z = noise[step, rows] if noise is not None else self._drawn(seeds, indices, step, x)
+        samples, rows, z = torch.arange(len(x)), coef[step], None
+        if bool(rows[:, _COLUMNS.index("c_noise")].any()) and (noise is not None or seeds is not None):
+            z = noise[step, samples] if noise is not None else self._drawn(seeds, indices, step, x)
         given = x if out is x else x.clone()
-        s, guided = scale[step, rows].double(), x.shape[1] if channels is None else channels
-        return _into(out, self._step(model_out, given, x0_prev, z, coef[step], s, guided, rescale, clip, learned))
+        s, guided = scale[step, samples].double(), x.shape[1] if channels is None else channels
+        return _into(out, self._step(model_out, given, x0_prev, z, rows, s, guided, rescale, clip, learned))
 
     def _step(
         self,
