@@ -145,9 +145,10 @@ def test_int8_products_are_those_of_torchs_operations(library: object, gelu: boo
         ({}, {"solver": "ddpm", "variance": "learned_range"}),
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)  # the last behind a classifier
 @pytest.mark.parametrize("noisy", ["drawn", "given"])
 def test_a_step_has_the_bits_of_the_reference_engine(
-    library: object, guidance: dict, options: dict, scale: float, noisy: str
+    library: object, guidance: dict, options: dict, scale: float, noisy: str, dtype: torch.dtype
 ) -> None:
     """Its operations are torch's, in float64, in the same order."""
     model = random_model(depth=1)
@@ -162,7 +163,7 @@ def test_a_step_has_the_bits_of_the_reference_engine(
         history = torch.zeros_like(x) if plan.needs_history else None
         for i in range(plan.steps):
             for halves in (1, 2) if i else (2,):
-                out = draw(halves * B, 2 * shape[0], *shape[1:], seed=10 + i)
+                out = draw(halves * B, 2 * shape[0], *shape[1:], dtype=dtype, seed=10 + i)
                 operations.guided_step(
                     out, x, operations.step_table(plan), scales, torch.full((B,), i, dtype=torch.int32),
                     x0_prev=history, noise=noise, channels=plan.guidance.channels, rescale=plan.guidance.rescale,

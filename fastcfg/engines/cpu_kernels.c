@@ -1,7 +1,7 @@
 /* What a DiT's blocks do between products, on one core: one pass over memory each, in float32 registers.
 
    Compiled where it runs (cpu_native.py). Tensors are contiguous; kind says what is in an array that may be one of two:
-   0 float32, 1 bfloat16. table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has
+   0 float32, 1 bfloat16 (2 float64, in guided_step). table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has
    fewer rows than index, rows share it: row r reads row r mod sources. Every token is computed alone, so its bits do not
    depend on the others.
 
@@ -32,6 +32,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define BFLOAT16 1
+#define FLOAT64 2
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float quarter __attribute__((vector_size(16)));
@@ -60,14 +61,6 @@ INLINE floats load(const void *array, long start, int n, int kind) {
     floats value = {0};
     copy(&value, (const float *)array + start, n, 4);
     return value;
-}
-
-INLINE float number(const void *array, long at, int kind) {
-    if (kind != BFLOAT16) return ((const float *)array)[at];
-    uint32_t word = (uint32_t)((const uint16_t *)array)[at] << 16;
-    float widened;
-    memcpy(&widened, &word, sizeof widened);
-    return widened;
 }
 
 INLINE void store(void *array, long start, int n, floats value, int kind) {
@@ -342,6 +335,10 @@ void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long 
                     }
             }
         }
+}
+
+INLINE double number(const void *array, long at, int kind) {
+    return kind == FLOAT64 ? ((const double *)array)[at] : load(array, at, 1, kind)[0];
 }
 
 /* The guided step without rescale and learned variance, in float64 and with the reference engine's rounding, in place in x.

@@ -32,7 +32,7 @@ from fastcfg.noise import box_muller
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
 # Without contraction: where a * b + c is to be rounded once, the source says so
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC")
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # the last for model_out alone, to which classifiers add
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
