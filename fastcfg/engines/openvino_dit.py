@@ -6,20 +6,19 @@ model row, or several where that was found to change no bit.
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcfg.engines.cpu import CpuEngine, refuse_other_devices
 from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.cpu_ops import beside_int8, has_bf16, quantised
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, is_plain_dit
-from fastcfg.engines.openvino_module import GROUP, PRECISIONS, compile_graph, convert, openvino_version, quantises_activations
+from fastcfg.engines.openvino_module import GROUP, PRECISIONS, compile_graph, core, openvino_version, quantises_activations
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT, DiTBlock
@@ -105,47 +104,48 @@ class OpenVinoDiT(FusedDiT):
         return compile_graph(graph, self._precision, self._streams, self._streams, group)
 
     def _pack_trunk(self, module: DiT) -> None:
-        # OpenVINO computes on the tensors that it is given, so they must be nobody else's to change, and must live as long
-        self._trunk = _Trunk(copy.deepcopy(module).float()).eval()
-        if self._quantise:
-            _quantise_linear(self._trunk.blocks)
-        width = (6 * self.config.depth + 2) * self.config.hidden_size
-        tokens = torch.zeros(2, self.config.tokens, self.config.hidden_size)
-        self._graph = convert(self._trunk, [tokens, torch.zeros(2, width)], any_rows=True)
+        self._graph = _trunk(module, self._quantise)
 
 
-class _Trunk(nn.Module):
-    """A DiT between its tokens [R, T, D] and its patches [R, T, p p C'], conditioned by rows of the hoisted table [R, W]."""
+def _trunk(module: DiT, quantise: bool) -> Any:
+    """The graph of a DiT between its tokens [R, T, D] and its patches [R, T, p p C'], conditioned by rows of the hoisted table
+    [R, W], with a copy of its weights. quantise: the blocks' products are int8.
 
-    def __init__(self, module: DiT):
-        super().__init__()
-        self.blocks, self.last, self.width = module.blocks, module.final_layer, module.config.hidden_size
+    Written out rather than converted from the module, which takes ten times as long.
+    """
+    core()  # first, so that no other import of OpenVINO comes before
+    from openvino import Model
+    from openvino import opset13 as op
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        columns = table.split(self.width, dim=1)
-        for b, block in enumerate(self.blocks):
-            assert isinstance(block, DiTBlock)
-            x = block.conditioned(x, *columns[6 * b : 6 * b + 6])
-        return self.last.conditioned(x, *columns[-2:])
+    D, T, heads = module.config.hidden_size, module.config.tokens, module.config.num_heads
+    parts = 6 * module.config.depth + 2
+    tokens, table = op.parameter([-1, T, D], np.float32), op.parameter([-1, parts * D], np.float32)
+    columns = [op.unsqueeze(part, 1) for part in op.split(table, 1, parts).outputs()]
 
+    def modulated(x: Any, eps: float, shift: Any, scale: Any) -> Any:
+        normal = op.mvn(x, [-1], True, eps, "inside_sqrt")
+        return op.add(op.multiply(normal, op.add(scale, np.float32(1))), shift)
 
-def _quantise_linear(blocks: nn.ModuleList) -> None:
-    """Puts int8 weights into every linear layer of the blocks that is not hoisted."""
-    for block in blocks:
+    def linear(x: Any, layer: nn.Linear, quantise: bool) -> Any:
+        if quantise:  # as OpenVINO has to see it, to multiply int8 by int8: whole numbers, widened and scaled
+            whole, scales = (part.numpy() for part in quantised(layer.weight.detach().float()))
+            weight = op.multiply(op.convert(op.constant(whole), "f32"), op.constant(scales))
+        else:
+            weight = op.constant(layer.weight.detach().float().numpy())
+        return op.add(op.matmul(x, weight, False, True), op.constant(layer.bias.detach().float().numpy()))
+
+    def attended(x: Any) -> Any:
+        packed = op.transpose(op.reshape(x, [0, T, 3, heads, D // heads], True), [2, 0, 3, 1, 4])
+        q, k, v = (op.squeeze(part, 0) for part in op.split(packed, 0, 3).outputs())
+        return op.reshape(op.transpose(op.scaled_dot_product_attention(q, k, v), [0, 2, 1, 3]), [0, T, D], True)
+
+    x = tokens
+    for b, block in enumerate(module.blocks):
         assert isinstance(block, DiTBlock)
-        for part in (block.attn, block.mlp):
-            for name, layer in part.named_children():
-                if isinstance(layer, nn.Linear):
-                    setattr(part, name, _Int8Linear(layer))
-
-
-class _Int8Linear(nn.Module):
-    """A linear layer as OpenVINO has to see it, to multiply int8 by int8: whole numbers, widened and scaled."""
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.weight, self.scale = (nn.Parameter(part, requires_grad=False) for part in quantised(layer.weight))
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.float() * self.scale, self.bias)
+        shift1, scale1, gate1, shift2, scale2, gate2 = columns[6 * b : 6 * b + 6]
+        h = attended(linear(modulated(x, block.norm1.eps, shift1, scale1), block.attn.qkv, quantise))
+        x = op.add(x, op.multiply(gate1, linear(h, block.attn.proj, quantise)))
+        h = op.gelu(linear(modulated(x, block.norm2.eps, shift2, scale2), block.mlp.fc1, quantise), "tanh")
+        x = op.add(x, op.multiply(gate2, linear(h, block.mlp.fc2, quantise)))
+    last = module.final_layer
+    return Model([linear(modulated(x, last.norm_final.eps, *columns[-2:]), last.linear, False)], [tokens, table])

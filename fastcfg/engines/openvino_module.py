@@ -97,24 +97,23 @@ class _Plain(nn.Module):
         return call_module(self.inner, x, t, y)
 
 
-def convert(module: nn.Module, inputs: list[Tensor], any_rows: bool = False) -> Any:
-    """The module's forward on these inputs as an OpenVINO graph. any_rows: the inputs' first dimension, of at least 2, is left
-    open. By way of the frontend, which needs no `openvino.convert_model`."""
+def convert(module: nn.Module, inputs: list[Tensor]) -> Any:
+    """The module's forward on inputs of these shapes as an OpenVINO graph. By way of the frontend, which needs no
+    `openvino.convert_model`."""
     core()  # first, so that no other import of OpenVINO comes before
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
     from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
     from torch.export.decomp_utils import CustomDecompTable
 
-    dynamic = tuple({0: torch.export.Dim("rows")} for _ in inputs) if any_rows else None
     with warnings.catch_warnings(), redirect_stderr(StringIO()):  # torch prints the graph of what it cannot export
         warnings.simplefilter("ignore")
-        exported = torch.export.export(module, tuple(inputs), dynamic_shapes=dynamic)
+        exported = torch.export.export(module, tuple(inputs))
         decompositions = CustomDecompTable()
         for operation in ops_to_not_decompose():
             if operation in decompositions:
                 decompositions.pop(operation)
-        decoder = TorchFXPythonDecoder(exported.run_decompositions(decompositions).module(), dynamic_shapes=any_rows)
+        decoder = TorchFXPythonDecoder(exported.run_decompositions(decompositions).module())
     frontend = FrontEndManager().load_by_framework("pytorch")
     return frontend.convert(frontend.load(decoder))
 

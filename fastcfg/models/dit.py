@@ -231,12 +231,7 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.own_condition:
             c = self.t_embedder(t) + self.y_embedder(y)
-        return self.conditioned(x, *self.adaLN_modulation(c).chunk(6, dim=1))
-
-    def conditioned(
-        self, x: Tensor, shift1: Tensor, scale1: Tensor, gate1: Tensor, shift2: Tensor, scale2: Tensor, gate2: Tensor
-    ) -> Tensor:
-        """The block with what its condition comes to, [N, D] each."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -252,10 +247,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(SiLU(), nn.Linear(D, 2 * D))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.conditioned(x, *self.adaLN_modulation(c).chunk(2, dim=1))
-
-    def conditioned(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """The layer with what its condition comes to, [N, D] each."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
