@@ -53,11 +53,16 @@ def measure(options: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 def machine() -> str:
     """The processor and the torch that choices hold for."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux says more here
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, torch {torch.__version__}"
+
+
+def cpuinfo(*names: str) -> str:
+    """The first value that Linux gives the processor under one of these names; empty where there is none."""
+    with contextlib.suppress(OSError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        return next((value.strip() for name, _, value in lines if name.strip() in names), "")
+    return ""
 
 
 def memory_path() -> Path:

@@ -289,21 +289,20 @@ INLINE void gather(const void *array, long start, long step, long n, long d, flo
         }
 }
 
-/* out [rows, T] of a head for `rows` queries q [rows, d]: k [d, keys], v [T, values], keys and values filled up to registers. */
-INLINE void attend(const float *q, const float *k, const float *v, float *scores, float *result, long T, long d, int rows) {
+/* result [rows, values] of a head for `rows` queries q [rows, d], still to be multiplied by weights [rows]: k [d, keys], v [T,
+   values], keys and values filled up to registers. */
+INLINE void attend(const float *q, const float *k, const float *v, float *scores, float *result, float *weights, long T, long d,
+                   int rows) {
     long keys = up(T), values = up(d);
-    float weights[ROWS];
     strip(q, d, k, apart(T), scores, keys, keys, d, rows);
     for (long m = 0; m < rows; m++) weights[m] = weigh(scores + m * keys, T, keys);
     strip(scores, keys, v, values, result, values, values, T, rows);
-    for (long m = 0; m < rows; m++)
-        for (long i = 0; i < values; i += LANES)
-            store(result, m * values + i, LANES, load(result, m * values + i, LANES, 0) * weights[m], 0);
 }
 
 /* softmax(q k^T / sqrt(d)) v for every head.  qkv [R, T, 3, heads, d], out [R, T, heads, d] of one kind. */
 void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long T, long heads, long d, int kind) {
     long values = up(d), D = heads * d;
+    float weights[ROWS];
     float *q = scratch, *k = q + T * d, *v = k + d * apart(T), *scores = v + T * values, *result = scores + ROWS * up(T);
     float *few = result + ROWS * values; /* LANES tokens, on their way to k */
     memset(v, 0, sizeof(float) * (size_t)(T * values));
@@ -323,15 +322,16 @@ void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long 
                 const float *query = q + t * d;
                 rows = T - t >= ROWS ? ROWS : T - t >= ROWS / 3 ? ROWS / 3 : 1;
                 if (rows == ROWS)
-                    attend(query, k, v, scores, result, T, d, ROWS);
+                    attend(query, k, v, scores, result, weights, T, d, ROWS);
                 else if (rows > 1)
-                    attend(query, k, v, scores, result, T, d, ROWS / 3);
+                    attend(query, k, v, scores, result, weights, T, d, ROWS / 3);
                 else
-                    attend(query, k, v, scores, result, T, d, 1);
+                    attend(query, k, v, scores, result, weights, T, d, 1);
                 for (long m = 0; m < rows; m++)
                     for (long i = 0; i < d; i += LANES) {
                         int n = count(d - i);
-                        store(out, (r * T + t + m) * D + head * d + i, n, load(result, m * values + i, n, 0), kind);
+                        floats value = load(result, m * values + i, n, 0) * weights[m];
+                        store(out, (r * T + t + m) * D + head * d + i, n, value, kind);
                     }
             }
         }

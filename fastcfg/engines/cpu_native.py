@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastcfg import portable
-from fastcfg.engines.choice import machine, memory_path
+from fastcfg.engines.choice import cpuinfo, machine, memory_path
 from fastcfg.engines.cpu_ops import CpuOperations, Gate
 from fastcfg.errors import Error
 from fastcfg.files import replacing
@@ -67,7 +67,9 @@ def kernels() -> Kernels:
     if compiler is None:
         return Kernels(None, "no C compiler was found")
     command = [*shlex.split(compiler), *FLAGS]
-    made_of = "\n".join([machine(), _instructions(), *command]).encode() + SOURCE.read_bytes()
+    # Machines of one name and one home folder may differ in what they can do
+    instructions = cpuinfo("flags", "Features") or torch.backends.cpu.get_cpu_capability()
+    made_of = "\n".join([machine(), instructions, *command]).encode() + SOURCE.read_bytes()
     path = memory_path().with_name(f"cpu-kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so")
     with contextlib.suppress(OSError):  # not there yet, or damaged
         return Kernels(_declared(path))
@@ -75,14 +77,6 @@ def kernels() -> Kernels:
         return Kernels(_compiled(command, path))
     except (OSError, RuntimeError, Error, subprocess.SubprocessError) as error:
         return Kernels(None, f"{compiler} could not compile them: {error}")
-
-
-def _instructions() -> str:
-    """What this processor can do: machines of one name and one home folder may differ in it."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _compiled(command: list[str], path: Path) -> Any:
