@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastcfg.engines.cpu_dit import wide_dtype
 from fastcfg.engines.cpu_native import cpu_operations
-from fastcfg.engines.cpu_ops import beside_int8, has_bf16, has_int8
+from fastcfg.engines.cpu_ops import has_bf16, has_int8
 from fastcfg.engines.workers import one_thread
 
 T, D, HEADS = 256, 384, 6
 DTYPES = ["fp32", *["bf16"] * has_bf16(), *["int8"] * has_int8()]
-WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": beside_int8()}
+WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": wide_dtype(torch.int8)}
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastcfg.engines.choice import machine, measure
-from fastcfg.engines.cpu_native import cpu_operations
-from fastcfg.engines.cpu_ops import beside_int8
+from fastcfg.engines.cpu_dit import NativeLayer, in_one_call, wide_dtype
+from fastcfg.engines.cpu_native import cpu_operations, kernels
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
 
@@ -89,7 +89,7 @@ def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
-    wide = beside_int8() if dtype == torch.int8 else dtype
+    wide = wide_dtype(dtype)
     dtypes = {_name(kind): kind for kind in (dtype, wide)}  # attention is computed in the wider one
     workers = Workers(torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)
@@ -101,6 +101,9 @@ def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
     def product(kind: torch.dtype) -> Callable[[int], object]:
         operations, stored = cpu_operations(kind == torch.int8), wide if kind == torch.int8 else kind
         weight, bias, h = (torch.randn(shape, generator=generator).to(stored) for shape in ((N, K), (N,), (1, M, K)))
+        if in_one_call(kind):
+            products = NativeLayer(kernels().library, weight, bias, kind == torch.int8).products(h[0].float())
+            return lambda _: [products() for _ in range(REPEATS)]
         layer = operations.pack(weight, bias, rows=M)
         return lambda _: [operations.linear(h, *layer) for _ in range(REPEATS)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcfg.ceilings import Ceilings
-from fastcfg.engines.cpu_ops import beside_int8
+from fastcfg.engines.cpu_dit import wide_dtype
 from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer
 from fastcfg.errors import Error
 from fastcfg.kernels._launch import FLOATS, Cost
@@ -101,7 +101,7 @@ class _Counting:
     def __init__(self, engine: str, dtype: torch.dtype):
         on_cpu = engine == "cpu"
         self.quantise = dtype == torch.int8
-        self.dtype = beside_int8() if self.quantise else dtype
+        self.dtype = wide_dtype(dtype)
         self.state_dtype = torch.float64 if on_cpu else torch.float32
         self.table_dtype = torch.float32 if on_cpu else None
         self.step_table = step_table

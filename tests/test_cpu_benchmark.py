@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastcfg import Error
+from fastcfg.engines.cpu_dit import in_one_call
 from fastcfg.engines.cpu_ops import has_bf16, has_int8
 from fastcfg.engines.openvino_module import openvino_version, quantises_activations
 
@@ -220,18 +221,28 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_threads")
-def test_the_products_of_a_call() -> None:
+@pytest.mark.parametrize("one_call", [False, True])
+def test_the_products_of_a_call(one_call: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four a block and one at the end for each half of each step, on all of its tokens, and one attention a block."""
-    case = overhead_case(dry=True)
+    if one_call and not in_one_call(torch.float32):
+        pytest.skip("no network in one call here")
+    case, products = overhead_case(dry=True), []
+    monkeypatch.setattr("fastcfg.engines.cpu.in_one_call", lambda _: one_call)
     calls = call_and_products(case, "fp32")
-    engine, recorder, _ = calls["products"].args
+    engine, recorder, *_ = calls["products"].args
     assert engine._program.operations is not recorder
-    assert len(recorder.work) == torch.get_num_threads()
     tokens, depth, rows = engine._program.config.tokens, engine._program.config.depth, 2 * case.steps
     done = {"linear": 0, "attention": 0}
     for kind, call in (entry for work in recorder.work.values() for entry in work):
         inputs = call.args[0]
         done[kind] += len(inputs) if inputs.shape[1] == tokens else 0  # else it is the table's product
-    assert done == {"linear": rows * (4 * depth + 1), "attention": rows * depth}
+    if one_call:
+        monkeypatch.setattr(engine._program, "products", lambda *given: products.append(given))
+        assert done == {"linear": 0, "attention": 0}
+    else:
+        assert len(recorder.work) == torch.get_num_threads()
+        assert done == {"linear": rows * (4 * depth + 1), "attention": rows * depth}
     for call in calls.values():
         call()
+    assert sum(some for some, attention in products if attention) == rows * one_call
+    assert sum(some for some, attention in products if not attention) == rows * one_call

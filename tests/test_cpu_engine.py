@@ -19,8 +19,10 @@ import fastcfg
 from fastcfg import Error, Sampler, portable
 from fastcfg.engines import choice, cpu, cpu_ops
 from fastcfg.engines.cpu import CpuEngine
+from fastcfg.engines.cpu_dit import in_one_call
 from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
+from fastcfg.engines.fused_dit import Buffers, FusedDiT
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.verify import verify
 
@@ -171,9 +173,12 @@ def test_int8_stays_close_on_a_trained_model() -> None:
     assert 1e-5 < (int8.predict(x, t, y) - exact).norm() / exact.norm() < 0.02
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "operations"])
 @pytest.mark.parametrize("name", ["head 64", "head 72", "odd", "many tokens"])
-def test_bits_do_not_depend_on_batch_neighbours_or_workers(name: str, dtype: str) -> None:
+def test_bits_do_not_depend_on_batch_neighbours_or_workers(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dtype == "operations":  # float32 where the network is not one call
+        monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
+        dtype = "fp32"
     model, rows = model_of(name), 9 if name == "many tokens" else 32
     options = {"dtype": dtype, "solver": "ddim", "eta": 1.0, "steps": 2, "interval": (0, 600)}
     labels, seeds = [i % 5 for i in range(rows)], list(range(100, 100 + rows))
@@ -189,6 +194,10 @@ def test_bits_do_not_depend_on_batch_neighbours_or_workers(name: str, dtype: str
 
 
 def test_joined_rows_are_only_those_that_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    if in_one_call(torch.float32):  # any number, so as many as are worth it
+        sizes = {name: sampler(model_of(name)).engine._joined for name in ("head 64", "odd", "many tokens")}
+        assert sizes == {"head 64": {1, 2, 4, 8, 16}, "odd": {1, 2, 4, 8, 16}, "many tokens": {1, 2}}
+    monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
     assert max(sampler(model_of("head 64")).engine._joined) == 16
     assert sampler(model_of("many tokens")).engine._joined == {1}
     assert sampler(model_of("odd")).engine._joined == {1}
@@ -202,18 +211,19 @@ def test_joined_rows_are_only_those_that_change_no_bit(monkeypatch: pytest.Monke
 
 
 def test_null_rows_are_computed_inside_the_interval_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention, attended = OPERATIONS.attention, []
+    made, denoised = sampler(model_of("many tokens"), 2, steps=6, interval=(200, 700)), []
+    program = type(made.engine._program)
+    denoise = program.denoise
 
-    def counting(self: CpuOperations, qkv: Tensor, heads: int, *, out: Tensor | None = None) -> Tensor:
-        attended.append(len(qkv))
-        return attention(self, qkv, heads, out=out)
+    def counting(self: FusedDiT, tokens: Tensor, table: Tensor, index: Tensor, buffers: Buffers | None = None) -> Tensor:
+        denoised.append(len(index))
+        return denoise(self, tokens, table, index, buffers)
 
-    made = sampler(model_of("many tokens"), 2, steps=6, interval=(200, 700))
-    monkeypatch.setattr(OPERATIONS, "attention", counting)
+    monkeypatch.setattr(program, "denoise", counting)
     made([0, 1, 2], scale=2.0)
     inside = int(made.plan.guided.sum())
     assert 0 < inside < 6
-    assert sum(attended) == 4 * (2 * inside + (6 - inside))  # three rows and one of padding
+    assert sum(denoised) == 4 * (2 * inside + (6 - inside))  # three rows and one of padding
 
 
 def test_weights_that_change_are_noticed_and_taken_up() -> None:
@@ -297,7 +307,7 @@ def test_an_error_in_a_worker_reaches_the_caller_and_leaves_the_engine_whole(mon
     made = sampler(model_of("head 64"), 2)
     want = made([0, 1, 2], scale=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(OPERATIONS, "attention", lambda *_, **__: 1 / 0)
+        patch.setattr(type(made.engine._program), "denoise", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made([0, 1, 2], scale=2.0)
     assert torch.equal(made([0, 1, 2], scale=2.0), want)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcfg import Sampler, portable
 from fastcfg.engines import cpu_native
 from fastcfg.engines.cpu_native import FLAGS, NativeOperations, cpu_operations, kernels
-from fastcfg.engines.cpu_ops import CpuOperations, has_int8
+from fastcfg.engines.cpu_ops import CpuOperations, Tokens, has_int8
 from fastcfg.guidance import Guidance
 from fastcfg.noise import normal
 
@@ -114,24 +114,67 @@ def test_what_is_not_a_number_stays_so(library: object) -> None:
         assert operations.attention(qkv, 1)[0, [0, 1, 3]].isfinite().all()
 
 
-@pytest.mark.skipif(not has_int8(), reason="no int8 products in this torch")
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="no int8 products in this torch")
+
+
+@needs_int8
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("gelu", "gated"), [(False, False), (True, False), (False, True)])
-def test_int8_products_are_those_of_torchs_operations(library: object, gelu: bool, gated: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_int8_products_are_those_of_torchs_operations(library: object, gated: bool, dtype: torch.dtype) -> None:
     T, K, N, index = 19, 80, 44, torch.tensor([1, 0, 2], dtype=torch.int32)
     h = draw(3, T, K, dtype=dtype)
     h[1, 4] = 0  # a token without a largest value
-    options: dict = {"gelu": gelu}
+    options: dict = {}
     if gated:
-        options |= {"residual": draw(3, T, N, dtype=dtype), "table": draw(3, N), "index": index, "gate_column": 0}
+        options = {"residual": draw(3, T, N, dtype=dtype), "table": draw(3, N), "index": index, "gate_column": 0}
     plain, ours = CpuOperations(quantise=True), NativeOperations(library, quantise=True)
     layer = plain.pack(draw(N, K, seed=1), draw(N, seed=2), rows=T)
-    whole, scale = ours._quantise_tokens(h.view(-1, K))
-    torch_whole, torch_scale = plain._quantise_tokens(h.view(-1, K))
-    assert torch.equal(scale, torch_scale)
-    assert (whole.int() - torch_whole.int()).abs().max() <= 1  # a tie, rounded after another order of steps
-    assert (whole != torch_whole).float().mean() < 0.002
-    assert relative(ours.linear(h, *layer, **options).double(), plain.linear(h, *layer, **options).double()) < 8e-3
+    assert_same_tokens(ours._quantised(h), plain._quantised(h))
+    got, want = (operations.linear(h, *layer, **options) for operations in (ours, plain))
+    assert got.dtype == want.dtype == dtype
+    assert relative(got.double(), want.double()) < 8e-3
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_int8_mlp_is_that_of_torchs_operations(library: object, dtype: torch.dtype) -> None:
+    """fc1's result, behind its GELU, goes to fc2 as whole numbers."""
+    T, K, N, index = 19, 80, 44, torch.tensor([1, 0, 2], dtype=torch.int32)
+    h, residual = draw(3, T, K, dtype=dtype), draw(3, T, K, dtype=dtype, seed=5)
+    gate = {"residual": residual, "table": draw(3, K), "index": index, "gate_column": 0}
+    weights = [(draw(N, K, seed=1) / K**0.5, draw(N, seed=2)), (draw(K, N, seed=3) / N**0.5, draw(K, seed=4))]
+    results = []
+    for operations in (NativeOperations(library, quantise=True), CpuOperations(quantise=True)):
+        fc1, fc2 = (operations.pack(weight, bias, rows=T) for weight, bias in weights)
+        hidden = operations.linear(h, *fc1, gelu=True)
+        results.append((hidden, operations.linear(hidden, *fc2, **gate)))
+    (hidden, got), (plain_hidden, want) = results
+    assert_same_tokens(hidden, plain_hidden)
+    assert got.dtype == dtype
+    assert relative(got.double(), want.double()) < 8e-3
+    (W1, b1), (W2, b2) = weights
+    exact = F.linear(F.gelu(F.linear(h.double(), W1.double(), b1.double()), approximate="tanh"), W2.double(), b2.double())
+    exact = residual.double() + gate["table"][index.long()][:, None].double() * exact  # type: ignore[index]
+    assert relative(got.double(), exact) < 2e-2  # what int8 costs
+
+
+def assert_same_tokens(got: Tokens, want: Tokens) -> None:
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.scale, want.scale, rtol=1e-5, atol=0)
+    assert (got.whole.int() - want.whole.int()).abs().max() <= 1  # a tie, rounded after another order of steps
+    assert (got.whole != want.whole).float().mean() < 0.002
+
+
+@needs_int8
+def test_what_is_not_a_number_stays_so_through_int8(library: object) -> None:
+    for operations in (NativeOperations(library, quantise=True), CpuOperations(quantise=True)):
+        fc1, fc2 = (operations.pack(draw(24, 24, seed=seed), draw(24), rows=4) for seed in (1, 2))
+        for dtype in DTYPES:
+            h = draw(1, 4, 24, dtype=dtype)
+            h[0, 2, 5] = torch.nan
+            hidden = operations.linear(h, *fc1, gelu=True)
+            for result in (operations.linear(h, *fc1), hidden.scale, operations.linear(hidden, *fc2)):
+                assert result.isnan().any(-1).tolist() == [[False, False, True, False]]
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -198,7 +198,7 @@ def test_measured_ceilings_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings_module, "measure", two_seconds)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(ceilings_module, "REPEATS", 2)
-    monkeypatch.setattr(ceilings_module, "beside_int8", lambda: torch.float32)
+    monkeypatch.setattr(ceilings_module, "wide_dtype", lambda _: torch.float32)
     three_cores = measured_ceilings(CPU, torch.int8)
     assert asked == ["int8", "float32", "copy"]
     assert three_cores.rates["int8"] == 3 * 2 * 2 * 256 * 1024 * 1024 / 2

@@ -126,7 +126,7 @@ def test_cpu_step_is_the_hand_count() -> None:
 
 
 def test_int8_weights_are_those_of_the_blocks_and_take_the_int8_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcfg.ledger.beside_int8", lambda: torch.bfloat16)
+    monkeypatch.setattr("fastcfg.ledger.wide_dtype", lambda _: torch.bfloat16)
     model, L, D = dit("DiT-S/2"), 12, 384
     ceilings = Ceilings("a CPU", "measured", {"int8": 4e12, "bfloat16": 1e12}, 1e30)
     low, wide = (make_ledger("cpu", model, plan_of(model), 1, dtype, ceilings) for dtype in (torch.int8, torch.bfloat16))
@@ -342,6 +342,7 @@ def test_calls_are_those_of_the_cpu_engine(monkeypatch: pytest.MonkeyPatch) -> N
             return operation(self, *given, **options)
 
         monkeypatch.setattr(operations, name, counted)
+    monkeypatch.setattr("fastcfg.engines.cpu.in_one_call", lambda _: False)
     model = random_model()
     plan = plan_of(model, steps=3)
     engine = CpuEngine(model, plan, CPU, torch.float32, workers=1)

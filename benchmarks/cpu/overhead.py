@@ -13,6 +13,7 @@ import fastcfg
 from cpu.cases import SCALE, Case
 from cpu.timing import Call
 from fastcfg.engines.cpu import CpuEngine
+from fastcfg.engines.cpu_dit import NativeDiT
 from fastcfg.engines.workers import one_thread
 
 
@@ -20,7 +21,9 @@ def call_and_products(case: Case, dtype: str) -> dict[str, Call]:
     """{"call", "products", "products and attention"} of one request on the cpu engine.
 
     The products are those that the engine asked of its operations in one call, on the worker threads that asked for them, with
-    bias and GELU where it asks for that, but without gates, residuals, adaLN, the step and Python in between.
+    bias and GELU where it asks for that, but without gates, residuals, adaLN, the step and Python in between. Where the engine
+    asks for a whole network in one call, they are its products and nothing else, the halves of a step on two threads if there
+    are so many.
     """
     sampler = fastcfg.Sampler(case.model, steps=case.steps, batch=case.batch, engine="cpu", dtype=dtype, eta=0.0)
     engine = sampler.engine
@@ -38,7 +41,7 @@ def call_and_products(case: Case, dtype: str) -> dict[str, Call]:
     finally:
         engine._program.operations = operations
     kinds = {"products": {"linear"}, "products and attention": {"linear", "attention"}}
-    return {"call": call, **{name: partial(_replay, engine, recorder, some) for name, some in kinds.items()}}
+    return {"call": call, **{name: partial(_replay, engine, recorder, some, case.steps) for name, some in kinds.items()}}
 
 
 class _Recorder:
@@ -69,7 +72,11 @@ class _Recorder:
         self.work.setdefault(threading.get_ident(), []).append((kind, call))
 
 
-def _replay(engine: CpuEngine, recorder: _Recorder, kinds: set[str]) -> None:
+def _replay(engine: CpuEngine, recorder: _Recorder, kinds: set[str], steps: int) -> None:
+    program, workers = engine._program, engine._workers
     with one_thread():
         work = [[call for kind, call in calls if kind in kinds] for calls in recorder.work.values()]
-        engine._workers.map(lambda calls: [call() for call in calls], work)
+        workers.map(lambda calls: [call() for call in calls], work)
+        if isinstance(program, NativeDiT):
+            halves = [2] if workers.count == 1 else [1, 1]
+            workers.map(lambda rows: [program.products(rows, "attention" in kinds) for _ in range(steps)], halves)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch import Tensor
 from fastcfg import portable
 from fastcfg.engines.base import Engine, Request
 from fastcfg.engines.choice import fastest
+from fastcfg.engines.cpu_dit import NativeDiT, in_one_call, wide_dtype
 from fastcfg.engines.cpu_module import CpuModuleEngine
 from fastcfg.engines.cpu_native import cpu_operations, kernels
-from fastcfg.engines.cpu_ops import beside_int8, has_bf16, has_int8, has_packed_products
+from fastcfg.engines.cpu_ops import has_bf16, has_int8, has_packed_products
 from fastcfg.engines.fused_dit import FusedDiT, is_plain_dit
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
@@ -95,11 +97,15 @@ class CpuEngine:
             def row(r: int) -> Tensor:
                 return program.denoise(program.embed(x[r : r + 1]), table, torch.tensor([r]))
 
-            return torch.cat(self._workers.map(row, range(len(x)))).float()
+            each = partial(program.led, self._workers) if isinstance(program, NativeDiT) else self._workers.map
+            return torch.cat(each(row, range(len(x)))).float()
 
     def run(self, request: Request) -> Tensor:
         with self._ready() as program:
-            return program.run(request, list(self._pieces(len(request.labels))), self._denoise, self._workers.map)
+            pieces = list(self._pieces(len(request.labels)))
+            if isinstance(program, NativeDiT):
+                return program.run(request, pieces, program.denoise, partial(program.led, self._workers))
+            return program.run(request, pieces, self._denoise, self._workers.map)
 
     @contextmanager
     def _ready(self) -> Iterator[FusedDiT]:
@@ -139,6 +145,8 @@ class CpuEngine:
         program, config = self._program, self._program.config
         T = config.tokens
         sizes = [size for size in (2, 4, 8, 16) if size * T <= 2 * JOINED_TOKENS]
+        if isinstance(program, NativeDiT):
+            return frozenset({1, *sizes})
         # torch may round otherwise what is left over at a tensor's end when the rest went through whole vectors
         left_over = T * config.hidden_size % 32 or T * config.mlp_width % 32
         if T > JOINED_TOKENS // 2 or left_over:
@@ -196,9 +204,10 @@ class CpuEngine:
 
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
         quantise = dtype == torch.int8
-        wide = beside_int8() if quantise else dtype
         with torch.no_grad():
-            return FusedDiT(model, self.plan, cpu_operations(quantise), self.device, wide)
+            if in_one_call(dtype):
+                return NativeDiT(model, self.plan, self.device, quantise)
+            return FusedDiT(model, self.plan, cpu_operations(quantise), self.device, wide_dtype(dtype))
 
 
 def _first_block(module: DiT) -> DiT:

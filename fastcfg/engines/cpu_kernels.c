@@ -18,19 +18,26 @@
 
 #ifdef __AVX512F__
 #define LANES 16 /* floats in a register */
-#define ROWS 12  /* of a product's tile: with 2 registers of columns, 24 of the 32 registers hold sums */
+#define ROWS 8   /* of a product's tile: with 3 registers of columns, 24 of the 32 registers hold sums */
+#define REGISTERS 3
 #define MULTIPLY_ADD(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #else
 #define LANES 8
-#define ROWS 6
+#define ROWS 6 /* 12 of the 16 registers */
+#define REGISTERS 2
 #ifdef __FMA__
 #define MULTIPLY_ADD(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #else
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#define HAS_FLOAT32 0
 #endif
+#endif
+#ifndef HAS_FLOAT32
+#define HAS_FLOAT32 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 #define BFLOAT16 1
 #define FLOAT64 2
 
@@ -77,7 +84,6 @@ INLINE void store(void *array, long start, int n, floats value, int kind) {
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
-INLINE floats magnitude(floats a) { return (floats)((ints)a & 0x7fffffff); }
 
 INLINE float sum(floats value) {
     quarter part[LANES / 4];
@@ -93,6 +99,22 @@ INLINE float largest(floats value) {
         for (int lane = 0; lane < half; lane++) part[lane] = part[lane] > part[lane + half] ? part[lane] : part[lane + half];
     float one = part[0] > part[1] ? part[0] : part[1], other = part[2] > part[3] ? part[2] : part[3];
     return one > other ? one : other;
+}
+
+/* Magnitudes are compared as whole numbers, in whose order a NaN is the largest: it must not be lost. */
+INLINE ints larger_magnitude(floats a, ints most) {
+    ints size = (ints)a & 0x7fffffff;
+    return (ints)choose(size > most, (floats)size, (floats)most);
+}
+
+INLINE float largest_magnitude(ints value) {
+    int32_t part[LANES];
+    memcpy(part, &value, sizeof value);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) part[lane] = part[lane] > part[lane + half] ? part[lane] : part[lane + half];
+    float most;
+    memcpy(&most, part, sizeof most);
+    return most;
 }
 
 /* The nearest whole number, ties to even, of |value| < 2^22: the sum has no bits for a fraction. */
@@ -199,63 +221,104 @@ void fastcfg_gate(const void *y, const void *residual, const float *table, const
     }
 }
 
-/* int8: whole = round(127 h / s) + 128 and scale = s / 127 with s the largest |h| of a token.  h, whole [M, K], scale [M]. */
-void fastcfg_quantise(const void *h, uint8_t *whole, float *scale, long M, long K, int kind) {
+/* int8: whole = round(127 h / s) + 128 of K values whose largest magnitude is s. */
+INLINE void quantise_token(const void *h, long at, float s, uint8_t *whole, long K, int kind) {
+    float factor = s > 0 ? 127 / s : 0;
+    for (long k = 0; k < K; k += LANES) {
+        int n = count(K - k);
+        floats shifted = load(h, at + k, n, kind) * factor + (WHOLE + 128.0f);
+        narrow(whole + k, n, (ints)shifted);
+    }
+}
+
+/* Tokens as an int8 product reads them: whole as above, and scale = s / 127 of each.  h [M, K], whole [M, stride], scale [M]. */
+INLINE void quantise(const void *h, uint8_t *whole, long stride, float *scale, long M, long K, int kind) {
     for (long m = 0; m < M; m++) {
-        floats most = {0};
-        for (long k = 0; k < K; k += LANES) most = larger(magnitude(load(h, m * K + k, count(K - k), kind)), most);
-        float s = largest(most), factor = s > 0 ? 127 / s : 0;
+        ints most = {0};
+        for (long k = 0; k < K; k += LANES) most = larger_magnitude(load(h, m * K + k, count(K - k), kind), most);
+        float s = largest_magnitude(most);
         scale[m] = s / 127;
-        for (long k = 0; k < K; k += LANES) {
-            int n = count(K - k);
-            floats shifted = load(h, m * K + k, n, kind) * factor + (WHOLE + 128.0f);
-            narrow(whole + m * K + k, n, (ints)shifted);
-        }
+        quantise_token(h, m * K, s, whole + m * stride, K, kind);
     }
 }
 
-/* The result of an int8 product: v = scale y + bias of y float32 [R, T, D], scale [R, T], bias [D]; then out = gelu(v) where
-   with_gelu, residual + gate v where there is a residual, else v.  out as y's shape, residual as in fastcfg_gate, of `kind`. */
-void fastcfg_dequantise(const float *y, const float *scale, const float *bias, int with_gelu, const void *residual,
-                        const float *table, const int32_t *index, void *out, long R, long sources, long T, long D, long width,
-                        long gate_column, int kind) {
-    for (long r = 0; r < R; r++) {
-        const float *line = residual ? table + index[r] * width + gate_column : 0;
-        for (long t = 0; t < T; t++) {
-            long in = (r % sources * T + t) * D, to = (r * T + t) * D;
-            for (long d = 0; d < D; d += LANES) {
-                int n = count(D - d);
-                floats value = load(y, to + d, n, 0) * scale[r * T + t] + load(bias, d, n, 0);
-                if (with_gelu) value = gelu(value);
-                if (residual) value = load(residual, in + d, n, kind) + load(line, d, n, 0) * value;
-                store(out, to + d, n, value, kind);
-            }
-        }
+void fastcfg_quantise(const void *h, uint8_t *whole, float *scale, long M, long K, int kind) {
+    quantise(h, whole, K, scale, M, K, kind);
+}
+
+/* gelu(scale y + bias), an int8 product's result for K columns, as the next one reads it; scale becomes the result's.
+   token [K]: scratch, which may be y. */
+INLINE void hidden_token(const float *y, float *scale, const float *bias, float *token, uint8_t *whole, long K) {
+    ints most = {0};
+    for (long k = 0; k < K; k += LANES) {
+        int n = count(K - k);
+        floats value = gelu(load(y, k, n, 0) * *scale + load(bias, k, n, 0));
+        most = larger_magnitude(value, most);
+        store(token, k, n, value, 0);
+    }
+    float s = largest_magnitude(most);
+    *scale = s / 127;
+    quantise_token(token, 0, s, whole, K, 0);
+}
+
+/* Where a layer's result joins the stream: residual + gate v, as in fastcfg_gate; without a residual, v. */
+typedef struct {
+    const void *residual;
+    const float *table;
+    const int32_t *index;
+    void *out;
+    long sources, T, D, width, column;
+    int kind;
+} Stream;
+
+/* v = scale y + bias of an int8 product's D columns, for token m of all, into the stream. */
+INLINE void stream_token(const Stream *to, long m, const float *y, float scale, const float *bias) {
+    long r = m / to->T, D = to->D, in = (r % to->sources * to->T + m % to->T) * D;
+    const float *gate = to->residual ? to->table + to->index[r] * to->width + to->column : 0;
+    for (long d = 0; d < D; d += LANES) {
+        int n = count(D - d);
+        floats value = load(y, d, n, 0) * scale + load(bias, d, n, 0);
+        if (gate) value = load(to->residual, in + d, n, to->kind) + load(gate, d, n, 0) * value;
+        store(to->out, m * D + d, n, value, to->kind);
     }
 }
 
-/* C = A B for `rows` rows and `registers` of columns. */
-INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, int rows, int registers) {
-    floats sums[ROWS][2];
-    for (int m = 0; m < rows; m++)
-        for (int j = 0; j < registers; j++) sums[m][j] = all(0);
+/* What lies between fc1 and fc2: hidden_token of y [M, K], a product that is made elsewhere.  scale [M], token [K] scratch. */
+void fastcfg_hidden(const float *y, float *scale, const float *bias, float *token, uint8_t *whole, long M, long K) {
+    for (long m = 0; m < M; m++) hidden_token(y + m * K, scale + m, bias, token, whole + m * K, K);
+}
+
+/* The result of a product that is made elsewhere: stream_token of y [M, D], which may be out of float32.  scale [M]. */
+void fastcfg_dequantise(const float *y, const float *scale, const float *bias, const Stream *to, long M) {
+    for (long m = 0; m < M; m++) stream_token(to, m, y + m * to->D, scale[m], bias);
+}
+
+/* C = A B for `rows` rows and `registers` of columns; C + A B where `more`. */
+INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, int rows, int registers,
+                 int more) {
+    floats sums[ROWS][REGISTERS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
+        sums[m][j] = more ? load(C, m * ldc + j * LANES, LANES, 0) : all(0);
     for (long k = 0; k < K; k++) {
-        floats columns[2];
-        for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, 0);
-        for (int m = 0; m < rows; m++) {
+        floats columns[REGISTERS];
+        UNROLL for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, 0);
+        UNROLL for (int m = 0; m < rows; m++) {
             floats a = all(A[m * lda + k]);
-            for (int j = 0; j < registers; j++) sums[m][j] = MULTIPLY_ADD(a, columns[j], sums[m][j]);
+            UNROLL for (int j = 0; j < registers; j++) sums[m][j] = MULTIPLY_ADD(a, columns[j], sums[m][j]);
         }
     }
-    for (int m = 0; m < rows; m++)
-        for (int j = 0; j < registers; j++) store(C, m * ldc + j * LANES, LANES, sums[m][j], 0);
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
+        store(C, m * ldc + j * LANES, LANES, sums[m][j], 0);
 }
 
 /* C = A B with `rows` rows, N columns, a multiple of LANES. */
 INLINE void strip(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long N, long K, int rows) {
     long n = 0;
-    for (; n + 2 * LANES <= N; n += 2 * LANES) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 2);
-    if (n < N) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 1);
+    if (REGISTERS == 3) /* as many threes as leave no one over: 4 is 2 + 2 */
+        for (; N - n >= 3 * LANES && N - n != 4 * LANES; n += 3 * LANES)
+            tile(A, lda, B + n, ldb, C + n, ldc, K, rows, REGISTERS, 0);
+    for (; N - n >= 2 * LANES; n += 2 * LANES) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 2, 0);
+    if (n < N) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 1, 0);
 }
 
 /* Weights e^(s - max s) of a query's scores s [T, filled up to padded], in place; returns one over their sum. */
@@ -299,42 +362,43 @@ INLINE void attend(const float *q, const float *k, const float *v, float *scores
     strip(scores, keys, v, values, result, values, values, T, rows);
 }
 
-/* softmax(q k^T / sqrt(d)) v for every head.  qkv [R, T, 3, heads, d], out [R, T, heads, d] of one kind. */
-void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long T, long heads, long d, int kind) {
-    long values = up(d), D = heads * d;
+/* softmax(q k^T / sqrt(d)) v of one head of row r.  qkv [R, T, 3, heads, d], out [R, T, heads, d] of one kind. */
+static void attend_head(const void *qkv, void *out, float *scratch, long r, long head, long T, long heads, long d, int kind) {
+    long values = up(d), D = heads * d, start = r * T * 3 * D + head * d;
     float weights[ROWS];
     float *q = scratch, *k = q + T * d, *v = k + d * apart(T), *scores = v + T * values, *result = scores + ROWS * up(T);
     float *few = result + ROWS * values; /* LANES tokens, on their way to k */
     memset(v, 0, sizeof(float) * (size_t)(T * values));
+    gather(qkv, start, 3 * D, T, d, 1 / sqrtf((float)d), q, d, kind);
+    gather(qkv, start + 2 * D, 3 * D, T, d, 1, v, values, kind);
+    for (long t = 0; t < T; t += LANES) {
+        int n = count(T - t);
+        if (n < LANES) memset(few, 0, sizeof(float) * (size_t)(LANES * d));
+        gather(qkv, start + D + t * 3 * D, 3 * D, n, d, 1, few, d, kind);
+        for (long i = 0; i < d; i++)
+            for (int lane = 0; lane < LANES; lane++) k[i * apart(T) + t + lane] = few[lane * d + i];
+    }
+    for (long t = 0, rows; t < T; t += rows) {
+        const float *query = q + t * d;
+        rows = T - t >= ROWS ? ROWS : T - t >= ROWS / 2 ? ROWS / 2 : 1;
+        if (rows == ROWS)
+            attend(query, k, v, scores, result, weights, T, d, ROWS);
+        else if (rows > 1)
+            attend(query, k, v, scores, result, weights, T, d, ROWS / 2);
+        else
+            attend(query, k, v, scores, result, weights, T, d, 1);
+        for (long m = 0; m < rows; m++)
+            for (long i = 0; i < d; i += LANES) {
+                int n = count(d - i);
+                floats value = load(result, m * values + i, n, 0) * weights[m];
+                store(out, (r * T + t + m) * D + head * d + i, n, value, kind);
+            }
+    }
+}
+
+void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long T, long heads, long d, int kind) {
     for (long r = 0; r < R; r++)
-        for (long head = 0; head < heads; head++) {
-            long start = r * T * 3 * D + head * d;
-            gather(qkv, start, 3 * D, T, d, 1 / sqrtf((float)d), q, d, kind);
-            gather(qkv, start + 2 * D, 3 * D, T, d, 1, v, values, kind);
-            for (long t = 0; t < T; t += LANES) {
-                int n = count(T - t);
-                if (n < LANES) memset(few, 0, sizeof(float) * (size_t)(LANES * d));
-                gather(qkv, start + D + t * 3 * D, 3 * D, n, d, 1, few, d, kind);
-                for (long i = 0; i < d; i++)
-                    for (int lane = 0; lane < LANES; lane++) k[i * apart(T) + t + lane] = few[lane * d + i];
-            }
-            for (long t = 0, rows; t < T; t += rows) {
-                const float *query = q + t * d;
-                rows = T - t >= ROWS ? ROWS : T - t >= ROWS / 3 ? ROWS / 3 : 1;
-                if (rows == ROWS)
-                    attend(query, k, v, scores, result, weights, T, d, ROWS);
-                else if (rows > 1)
-                    attend(query, k, v, scores, result, weights, T, d, ROWS / 3);
-                else
-                    attend(query, k, v, scores, result, weights, T, d, 1);
-                for (long m = 0; m < rows; m++)
-                    for (long i = 0; i < d; i += LANES) {
-                        int n = count(d - i);
-                        floats value = load(result, m * values + i, n, 0) * weights[m];
-                        store(out, (r * T + t + m) * D + head * d + i, n, value, kind);
-                    }
-            }
-        }
+        for (long head = 0; head < heads; head++) attend_head(qkv, out, scratch, r, head, T, heads, d, kind);
 }
 
 INLINE double number(const void *array, long at, int kind) {
@@ -344,13 +408,13 @@ INLINE double number(const void *array, long at, int kind) {
 /* The guided step without rescale and learned variance, in float64 and with the reference engine's rounding, in place in x.
 
    model_out [B or 2B, outputs, S] of `kind`, the null half, if any, behind; x, history or none [B, C, S]; noise or none float32
-   [B, C, S]; rows: each sample's nine numbers of `CpuOperations.step_table`; scale s [B]. The first `guided` channels are
+   [B, C, S]; coef [steps, 9]: of `CpuOperations.step_table`; scale [steps, B]; step [B]. The first `guided` channels are
    guided. */
-void fastcfg_guided_step(const void *model_out, double *x, double *history, const float *noise, const double *rows,
-                         const double *scale, long halves, long B, long C, long outputs, long S, long guided, int clip,
-                         int kind) {
+void fastcfg_guided_step(const void *model_out, double *x, double *history, const float *noise, const double *coef,
+                         const float *scale, const int32_t *step, long halves, long B, long C, long outputs, long S,
+                         long guided, int clip, int kind) {
     for (long b = 0; b < B; b++) {
-        const double *c = rows + 9 * b, s = scale[b];
+        const double *c = coef + 9 * step[b], s = scale[step[b] * B + b];
         for (long i = 0; i < C * S; i++) {
             long out = b * outputs * S + i, in = b * C * S + i;
             double prediction = number(model_out, out, kind);

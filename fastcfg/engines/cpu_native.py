@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from fastcfg import portable
 from fastcfg.engines.choice import cpuinfo, machine, memory_path
-from fastcfg.engines.cpu_ops import CpuOperations, Gate
+from fastcfg.engines.cpu_ops import CpuOperations, Gate, Tokens
 from fastcfg.errors import Error
 from fastcfg.files import replacing
 from fastcfg.noise import box_muller
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_network.c", "cpu_kernels.c")]  # the first includes the other
 # Without contraction: where a * b + c is to be rounded once, the source says so
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-pthread", "-shared", "-fPIC")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # the last for model_out alone, to which classifiers add
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -39,12 +39,37 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fastcfg_adaln": [_POINTER] * 4 + [_LONG] * 7 + [_FLOAT, _INT],
     "fastcfg_gate": [_POINTER] * 5 + [_LONG] * 6 + [_INT],
     "fastcfg_quantise": [_POINTER] * 3 + [_LONG] * 2 + [_INT],
-    "fastcfg_dequantise": [_POINTER] * 3 + [_INT] + [_POINTER] * 4 + [_LONG] * 6 + [_INT],
+    "fastcfg_hidden": [_POINTER] * 5 + [_LONG] * 2,
+    "fastcfg_dequantise": [_POINTER] * 4 + [_LONG],
+    "fastcfg_embed": [_POINTER] * 3 + [_LONG],
+    "fastcfg_denoise": [_POINTER] * 2 + [_LONG],
+    "fastcfg_denoise_scratch": [_POINTER] + [_LONG] * 2,
+    "fastcfg_layer_scratch": [_POINTER],
+    "fastcfg_layer_products": [_POINTER] * 3 + [_LONG],
+    "fastcfg_products": [_POINTER] * 2 + [_LONG, _INT],
+    "fastcfg_team": [_POINTER],
+    "fastcfg_team_size": [],
+    "fastcfg_help": [_POINTER],
+    "fastcfg_dismiss": [_POINTER],
+    "fastcfg_columns": [],
+    "fastcfg_has_float32": [],
+    "fastcfg_has_int8": [],
     "fastcfg_attention": [_POINTER] * 3 + [_LONG] * 4 + [_INT],
     "fastcfg_attention_scratch": [_LONG] * 2,
     "fastcfg_philox": [_POINTER] * 5 + [_LONG] * 2,
-    "fastcfg_guided_step": [_POINTER] * 6 + [_LONG] * 6 + [_INT] * 2,
+    "fastcfg_guided_step": [_POINTER] * 7 + [_LONG] * 6 + [_INT] * 2,
 }
+_SIZES = [name for name in _SIGNATURES if name.endswith(("_scratch", "_size", "_columns"))]
+
+
+class _Stream(ctypes.Structure):
+    """`Stream` of the library: addresses and sizes of a `Gate`, or of a plain result."""
+
+    _fields_: ClassVar = [
+        *((name, _POINTER) for name in ("residual", "table", "index", "out")),
+        *((name, _LONG) for name in ("sources", "T", "D", "width", "column")),
+        ("kind", _INT),
+    ]
 
 
 class Kernels(NamedTuple):
@@ -69,7 +94,7 @@ def kernels() -> Kernels:
     command = [*shlex.split(compiler), *FLAGS]
     # Machines of one name and one home folder may differ in what they can do
     instructions = cpuinfo("flags", "Features") or torch.backends.cpu.get_cpu_capability()
-    made_of = "\n".join([machine(), instructions, *command]).encode() + SOURCE.read_bytes()
+    made_of = "\n".join([machine(), instructions, *command]).encode() + b"".join(source.read_bytes() for source in SOURCES)
     path = memory_path().with_name(f"cpu-kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so")
     with contextlib.suppress(OSError):  # not there yet, or damaged
         return Kernels(_declared(path))
@@ -84,7 +109,7 @@ def _compiled(command: list[str], path: Path) -> Any:
     with tempfile.TemporaryDirectory(prefix="fastcfg-") as folder:
         built = Path(folder) / path.name
         done = subprocess.run(
-            [*command, "-o", str(built), str(SOURCE), "-lm"], capture_output=True, text=True, timeout=120, check=False
+            [*command, "-o", str(built), str(SOURCES[0]), "-lm"], capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
             raise RuntimeError((done.stderr or f"exit code {done.returncode}").strip().splitlines()[0])
@@ -101,7 +126,10 @@ def _declared(path: Path) -> Any:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    library.fastcfg_attention_scratch.restype = _LONG
+    for name in _SIZES:
+        getattr(library, name).restype = _LONG
+    for name in ("fastcfg_has_float32", "fastcfg_has_int8"):
+        getattr(library, name).restype = _INT
     return library
 
 
@@ -133,28 +161,40 @@ class NativeOperations(CpuOperations):
         )  # fmt: skip
         return out
 
-    def _step(
+    def guided_step(
         self,
         model_out: Tensor,
         x: Tensor,
-        history: Tensor | None,
-        z: Tensor | None,
-        rows: Tensor,
-        s: Tensor,
-        guided: int,
-        rescale: float,
-        clip: bool,
-        learned: bool,
+        coef: Tensor,
+        scale: Tensor,
+        step: Tensor,
+        *,
+        x0_prev: Tensor | None = None,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+        indices: Tensor | None = None,
+        channels: int | None = None,
+        rescale: float = 0.0,
+        clip: bool = False,
+        learned: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
         if rescale or learned:
-            return super()._step(model_out, x, history, z, rows, s, guided, rescale, clip, learned)
-        (B, C), (halves, outputs) = x.shape[:2], (len(model_out) // len(x), model_out.shape[1])
+            return super().guided_step(
+                model_out, x, coef, scale, step, x0_prev=x0_prev, noise=noise, seeds=seeds, indices=indices,
+                channels=channels, rescale=rescale, clip=clip, learned=learned, out=out,
+            )  # fmt: skip
+        z = self._noise(coef, step, x, noise, seeds, indices)
+        moved = (x if out is x else x.clone()).contiguous()
         model_out, z = model_out.contiguous(), None if z is None else z.float().contiguous()
+        (B, C), (halves, outputs) = x.shape[:2], (len(model_out) // len(x), model_out.shape[1])
+        scale, step = scale.float().contiguous(), step.int().contiguous()
         self.library.fastcfg_guided_step(
-            model_out.data_ptr(), x.data_ptr(), _address(history), _address(z), rows.data_ptr(), s.data_ptr(),
-            halves, B, C, outputs, x[0, 0].numel(), guided, clip, KINDS[model_out.dtype],
+            model_out.data_ptr(), moved.data_ptr(), _address(x0_prev), _address(z),
+            coef.data_ptr(), scale.data_ptr(), step.data_ptr(),
+            halves, B, C, outputs, x[0, 0].numel(), C if channels is None else channels, clip, KINDS[model_out.dtype],
         )  # fmt: skip
-        return x
+        return moved if out is None or out is moved else out.copy_(moved)
 
     def _drawn(self, seeds: Tensor | None, indices: Tensor | None, step: Tensor, x: Tensor) -> Tensor:
         """`fastcfg.noise.normal` of each sample at its own step, to the bit: only whole numbers are made elsewhere."""
@@ -189,30 +229,44 @@ class NativeOperations(CpuOperations):
         )  # fmt: skip
         return out
 
-    def _quantise_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        M, K = tokens.shape
-        tokens = tokens.contiguous()
-        whole, scale = torch.empty(M, K, dtype=torch.uint8), torch.empty(M, 1)
-        self.library.fastcfg_quantise(tokens.data_ptr(), whole.data_ptr(), scale.data_ptr(), M, K, KINDS[tokens.dtype])
-        return whole, scale
-
-    def _dequantised(
-        self, y: Tensor, scale: Tensor, bias: Tensor, gelu: bool, gate: Gate | None, dtype: torch.dtype, out: Tensor | None
-    ) -> Tensor:
-        (R, T, D), y = y.shape, y.contiguous()
-        if out is None:
-            out = y if dtype == torch.float32 else torch.empty(R, T, D, dtype=dtype)
-        places: tuple[int | None, ...] = (None, None, None)
-        sources, width, column = R, 0, 0
-        if gate is not None:
-            gate = gate.packed()
-            places = (gate.residual.data_ptr(), gate.table.data_ptr(), gate.index.data_ptr())
-            sources, width, column = len(gate.residual), gate.table.shape[1], gate.column
-        self.library.fastcfg_dequantise(
-            y.data_ptr(), scale.data_ptr(), bias.data_ptr(), gelu, *places, out.data_ptr(),
-            R, sources, T, D, width, column, KINDS[dtype],
+    def _quantised(self, h: Tensor) -> Tokens:
+        h = h.contiguous()
+        tokens = Tokens(torch.empty(h.shape, dtype=torch.uint8), torch.empty(*h.shape[:-1], 1), h.dtype)
+        self.library.fastcfg_quantise(
+            h.data_ptr(), tokens.whole.data_ptr(), tokens.scale.data_ptr(),
+            tokens.scale.numel(), h.shape[-1], KINDS[h.dtype],
         )  # fmt: skip
+        return tokens
+
+    def _hidden(self, y: Tensor, tokens: Tokens, bias: Tensor) -> Tokens:
+        hidden = Tokens(torch.empty(y.shape, dtype=torch.uint8), tokens.scale.clone(), tokens.dtype)
+        scratch = torch.empty(y.shape[-1])
+        self.library.fastcfg_hidden(
+            y.data_ptr(), hidden.scale.data_ptr(), bias.data_ptr(), scratch.data_ptr(), hidden.whole.data_ptr(),
+            hidden.scale.numel(), y.shape[-1],
+        )  # fmt: skip
+        return hidden
+
+    def _dequantised(self, y: Tensor, tokens: Tokens, bias: Tensor, gate: Gate | None, out: Tensor | None) -> Tensor:
+        out = y if out is None and tokens.dtype == torch.float32 else out
+        to, out, _kept = _stream(y.shape, tokens.dtype, gate, out)
+        self.library.fastcfg_dequantise(
+            y.data_ptr(), tokens.scale.data_ptr(), bias.data_ptr(), ctypes.byref(to), tokens.scale.numel()
+        )
         return out
+
+
+def _stream(
+    shape: tuple[int, ...], dtype: torch.dtype, gate: Gate | None, out: Tensor | None
+) -> tuple[_Stream, Tensor, Gate | None]:
+    """(where a result of this shape goes, its tensor, and what has to live as long)."""
+    R, T, D = shape
+    out = torch.empty(shape, dtype=dtype) if out is None else out
+    if gate is None:
+        return _Stream(None, None, None, out.data_ptr(), R, T, D, 0, 0, KINDS[dtype]), out, None
+    gate = gate.packed()
+    places = (gate.residual.data_ptr(), gate.table.data_ptr(), gate.index.data_ptr(), out.data_ptr())
+    return _Stream(*places, len(gate.residual), T, D, gate.table.shape[1], gate.column, KINDS[dtype]), out, gate
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -46,6 +46,15 @@ class _Quantised(NamedTuple):
     zero: Tensor
 
 
+class Tokens(NamedTuple):
+    """Tokens as an int8 product reads them: whole uint8 [R, T, K] around 128, with a float32 scale [R, T, 1] each. dtype: of
+    what they were, and of the product's result. oneDNN has no fast path for signed activations."""
+
+    whole: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class Gate:
     """What a product's result y [R, T, D] goes through where it joins the stream: residual + gate y.
@@ -122,7 +131,7 @@ class CpuOperations:
 
     def linear(
         self,
-        h: Tensor,
+        h: Any,
         weight: Any,
         bias: Any = None,
         *,
@@ -132,20 +141,25 @@ class CpuOperations:
         index: Tensor | None = None,
         gate_column: int = 0,
         out: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
+        """An int8 layer with GELU gives `Tokens`, which only another one reads."""
         gate = None
         if residual is not None:
             assert table is not None
             assert index is not None
             gate = Gate(residual, table, index, gate_column)
-        if isinstance(weight, _Quantised):
-            whole, scale = self._quantise_tokens(h.reshape(-1, h.shape[-1]))
-            y = torch.ops.onednn.qlinear_pointwise(
-                whole, 1.0, 128, weight.weight, weight.scale, weight.zero, None, 1.0, 0, torch.float32, "none", [], ""
-            )
-            return self._dequantised(y.view(*h.shape[:-1], -1), scale, bias, gelu, gate, h.dtype, out)
+        if self.quantise and not isinstance(weight, Tensor | _Packed):
+            return self._int8(h, weight, bias, gelu, gate, out)
         y = self._product(h, weight, bias, gelu)
         return _into(out, y) if gate is None else self._gated(y, gate, out)
+
+    def _int8(self, h: Any, weight: Any, bias: Tensor, gelu: bool, gate: Gate | None, out: Tensor | None) -> Any:
+        tokens = h if isinstance(h, Tokens) else self._quantised(h)
+        whole = tokens.whole.view(-1, tokens.whole.shape[-1])
+        y = torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, 128, weight.weight, weight.scale, weight.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        ).view(*tokens.whole.shape[:-1], -1)
+        return self._hidden(y, tokens, bias) if gelu else self._dequantised(y, tokens, bias, gate, out)
 
     def _product(self, h: Tensor, weight: Any, bias: Tensor, gelu: bool) -> Tensor:
         if isinstance(weight, _Packed):
@@ -165,22 +179,21 @@ class CpuOperations:
             return _into(out, y.mul_(factor).add_(residual))
         return torch.addcmul(residual, factor, y, out=y if out is None else out)
 
-    def _quantise_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(uint8 [M, K] around 128, float32 scale [M, 1]) of tokens [M, K]. oneDNN has no fast path for signed activations."""
-        values = tokens.to(torch.float32, copy=True)
-        largest = torch.maximum(values.amax(1, keepdim=True), -values.amin(1, keepdim=True))
+    def _quantised(self, h: Tensor) -> Tokens:
+        values = h.to(torch.float32, copy=True)
+        largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
         values.mul_(torch.where(largest > 0, 127 / largest, 0)).round_()
         # torch converts to int8 four times as fast as to uint8; flipping the top bit adds 128
-        return values.to(torch.int8).bitwise_xor_(-128).view(torch.uint8), largest / 127
+        return Tokens(values.to(torch.int8).bitwise_xor_(-128).view(torch.uint8), largest / 127, h.dtype)
 
-    def _dequantised(
-        self, y: Tensor, scale: Tensor, bias: Tensor, gelu: bool, gate: Gate | None, dtype: torch.dtype, out: Tensor | None
-    ) -> Tensor:
-        """A layer's result of its product y, float32 [R, T, N], of quantised tokens of this scale [R T, 1]."""
-        y = torch.addcmul(bias, y, scale.view(*y.shape[:-1], 1), out=y)
-        if gelu:
-            y = _gelu(y)
-        y = y.to(dtype)
+    # Of an int8 layer's product y, float32 [R, T, N], of `tokens`; y is nobody else's, and may hold the result
+
+    def _hidden(self, y: Tensor, tokens: Tokens, bias: Tensor) -> Tokens:
+        hidden = self._quantised(_gelu(torch.addcmul(bias, y, tokens.scale, out=y)))
+        return hidden._replace(dtype=tokens.dtype)
+
+    def _dequantised(self, y: Tensor, tokens: Tokens, bias: Tensor, gate: Gate | None, out: Tensor | None) -> Tensor:
+        y = torch.addcmul(bias, y, tokens.scale, out=y).to(tokens.dtype)
         return _into(out, y) if gate is None else self._gated(y, gate, out)
 
     def attention(self, qkv: Tensor, heads: int, *, out: Tensor | None = None) -> Tensor:
@@ -218,29 +231,10 @@ class CpuOperations:
         out: Tensor | None = None,
     ) -> Tensor:
         """In float64, with terms, their order and their rounding as in the reference engine."""
-        samples, rows, z = torch.arange(len(x)), coef[step], None
-        if bool(rows[:, _COLUMNS.index("c_noise")].any()) and (noise is not None or seeds is not None):
-            z = noise[step, samples] if noise is not None else self._drawn(seeds, indices, step, x)
-        given = x if out is x else x.clone()
-        s, guided = scale[step, samples].double(), x.shape[1] if channels is None else channels
-        return _into(out, self._step(model_out, given, x0_prev, z, rows, s, guided, rescale, clip, learned))
-
-    def _step(
-        self,
-        model_out: Tensor,
-        x: Tensor,
-        history: Tensor | None,
-        z: Tensor | None,
-        rows: Tensor,
-        s: Tensor,
-        guided: int,
-        rescale: float,
-        clip: bool,
-        learned: bool,
-    ) -> Tensor:
-        """x after its step, in x or not. history: x0 of the step before, replaced; z: noise; rows: [B, 9] of the step table."""
-        B, C = x.shape[:2]
-        x0_x, x0_out, c_x, c_out, c_x0, c_prev, c_noise, log_min, log_max = rows.view(B, -1, *[1] * (x.ndim - 1)).unbind(1)
+        (B, C), s = x.shape[:2], scale[step, torch.arange(len(x))].double()
+        guided, z = C if channels is None else channels, self._noise(coef, step, x, noise, seeds, indices)
+        rows = coef[step].view(B, -1, *[1] * (x.ndim - 1))
+        x0_x, x0_out, c_x, c_out, c_x0, c_prev, c_noise, log_min, log_max = rows.unbind(1)
         prediction, v = model_out[:B, :C].double(), model_out[:B, C:].double()
         if len(model_out) == 2 * B:
             null = model_out[B:, :guided].double()
@@ -249,16 +243,24 @@ class CpuOperations:
         if clip:
             x0 = x0.clamp(-1, 1)
         moved = c_x * x + c_out * prediction + c_x0 * x0
-        if history is not None:
-            moved += c_prev * history
-            history.copy_(x0)
+        if x0_prev is not None:
+            moved += c_prev * x0_prev
+            x0_prev.copy_(x0)
         if z is not None:
             z = z.double()
             if learned:
                 fraction = (v + 1) / 2
                 z = torch.exp(0.5 * (fraction * log_max + (1 - fraction) * log_min)) * z
             moved += c_noise * z
-        return moved
+        return _into(out, moved)
+
+    def _noise(
+        self, coef: Tensor, step: Tensor, x: Tensor, noise: Tensor | None, seeds: Tensor | None, indices: Tensor | None
+    ) -> Tensor | None:
+        """z of these steps, as given or drawn; None where none is added."""
+        if (noise is None and seeds is None) or not bool(coef[step, _COLUMNS.index("c_noise")].any()):
+            return None
+        return noise[step, torch.arange(len(x))] if noise is not None else self._drawn(seeds, indices, step, x)
 
     def _drawn(self, seeds: Tensor | None, indices: Tensor | None, step: Tensor, x: Tensor) -> Tensor:
         """Noise for each sample at its own step, float32 of x's shape."""

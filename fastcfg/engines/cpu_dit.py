@@ -1,0 +1,231 @@
+"""The fused program on a CPU with the whole network, from tokens to patches, in one call of `cpu_kernels.c`.
+
+Operation by operation, two worker threads take turns at Python's lock between any two, and wait longer for it than a small
+product takes. Its products are its own, and cover what oneDNN's, reached through torch, lose on few rows: 49 tokens take half
+the time, in int8 a third. Wide layers in float32 are oneDNN's, by a tenth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcfg import portable
+from fastcfg.engines.choice import cpuinfo
+from fastcfg.engines.cpu_native import NativeOperations, kernels
+from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, quantised
+from fastcfg.engines.fused_dit import Buffers, FusedDiT
+from fastcfg.engines.workers import Item, Result, Workers
+from fastcfg.models.denoiser import Denoiser
+from fastcfg.models.dit import DiT, DiTBlock
+from fastcfg.plan import Plan
+
+TOKENS_EACH = 16  # at least, of a thread in a team
+
+
+class _Layer(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("weight", "start", "scale", "bias")),
+        *((name, ctypes.c_long) for name in ("N", "K")),
+    ]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_: ClassVar = [(name, ctypes.c_void_p) for name in ("values", "whole", "scale")]
+
+
+class _Block(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, _Layer) for name in ("qkv", "proj", "fc1", "fc2")),
+        *((name, ctypes.c_float) for name in ("eps1", "eps2")),
+    ]
+
+
+class _Network(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("embedding", "position")),
+        ("blocks", ctypes.POINTER(_Block)),
+        ("last", _Layer),
+        ("last_eps", ctypes.c_float),
+        *((name, ctypes.c_long) for name in ("depth", "T", "D", "H", "heads", "width", "side", "p", "C", "outputs")),
+    ]
+
+
+class _Job(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("net", "tokens", "table", "index", "out", "memory")),
+        *((name, ctypes.c_long) for name in ("R", "B", "threads")),
+    ]
+
+
+def in_one_call(dtype: torch.dtype) -> bool:
+    """Whether `NativeDiT` computes in this dtype here. Not measured: a sample's bits must be the same on all machines with this
+    processor. Products of AMX tiles, which are oneDNN's, are several times as fast."""
+    library = None if portable.active() else kernels().library
+    if library is None:
+        return False
+    if dtype == torch.int8:
+        return bool(library.fastcfg_has_int8()) and "amx_int8" not in cpuinfo("flags").split()
+    return dtype == torch.float32 and bool(library.fastcfg_has_float32())
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What engine cpu computes in beside its blocks' products, which are in `dtype`."""
+    if dtype != torch.int8:
+        return dtype
+    return torch.float32 if in_one_call(dtype) else beside_int8()
+
+
+class NativeDiT(FusedDiT):
+    """`FusedDiT` in float32, with the blocks' products in int8 where asked for. Rows of a sample depend on no others, whatever
+    number of them is computed together."""
+
+    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, quantise: bool = False):
+        self._library: Any = kernels().library
+        self._quantise = quantise
+        self._own = threading.local()  # a thread's scratch memory, and the team that it leads
+        super().__init__(model, plan, NativeOperations(self._library), device, torch.float32)
+
+    def embed(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """As FusedDiT's, from x in float64."""
+        assert out is None
+        x = x.double().contiguous()
+        tokens = torch.empty(len(x), self.config.tokens, self.config.hidden_size)
+        self._library.fastcfg_embed(ctypes.byref(self._network), x.data_ptr(), tokens.data_ptr(), len(x))
+        return tokens
+
+    def denoise(self, tokens: Tensor, table: Tensor, index: Tensor, buffers: Buffers | None = None) -> Tensor:
+        """As FusedDiT's, with the caller's team, if it leads one (`led`); the library has its own buffers."""
+        del buffers
+        (R, B), size = (len(index), len(tokens)), self.config.input_size
+        tokens, table, index = tokens.contiguous(), table.contiguous(), index.int().contiguous()
+        out = torch.empty(R, self.config.out_channels, size, size)
+        team: _Team | None = getattr(self._own, "team", None)
+        threads = 1 if team is None else team.size
+        memory = self._scratch(R, threads)
+        places = (tokens.data_ptr(), table.data_ptr(), index.data_ptr(), out.data_ptr(), memory.data_ptr())
+        job = _Job(ctypes.addressof(self._network), *places, R, B, threads)
+        if team is None:
+            self._library.fastcfg_denoise(ctypes.byref(job), None, 0)
+        else:
+            self._library.fastcfg_denoise(ctypes.byref(job), team.place, team.gather(R * self.config.tokens))
+        return out
+
+    def products(self, rows: int, attention: bool) -> object:
+        """What `denoise` cannot do without, for measuring: products alone, or with attention, on what memory holds."""
+        memory = self._scratch(rows, 1)
+        return self._library.fastcfg_products(ctypes.byref(self._network), memory.data_ptr(), rows, attention)
+
+    def led(self, workers: Workers, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`workers.map`, with those that have nothing else to do helping in `denoise` where the others call it."""
+
+        def lead(item: Item) -> Result:
+            team = self._own.team = _Team(self._library, workers)
+            try:
+                return function(item)
+            finally:
+                self._own.team = None
+                team.dismiss()
+
+        return workers.map(lead, items)
+
+    def _scratch(self, rows: int, threads: int) -> Tensor:
+        floats = self._library.fastcfg_denoise_scratch(ctypes.byref(self._network), rows, threads)
+        kept: Tensor | None = getattr(self._own, "scratch", None)
+        if kept is None or len(kept) < floats:
+            kept = self._own.scratch = torch.empty(floats)
+        return kept
+
+    def _pack_trunk(self, module: DiT) -> None:
+        self._packed: list[Any] = []  # what the library's structures point to
+        config, last = module.config, module.final_layer
+        weight, bias, position = self.embedding
+        blocks = [self._native_block(block) for block in module.blocks]
+        self._network = _Network(
+            self._kept(weight.flatten(1).T), self._kept(position + bias),
+            (_Block * len(blocks))(*blocks), self._native_layer(last.linear, False), last.norm_final.eps,
+            config.depth, config.tokens, config.hidden_size, config.mlp_width, config.num_heads,
+            (6 * config.depth + 2) * config.hidden_size,
+            config.input_size // config.patch_size, config.patch_size, config.in_channels, config.out_channels,
+        )  # fmt: skip
+
+    def _kept(self, tensor: Tensor) -> int:
+        """Where the tensor lies from now on."""
+        self._packed.append(tensor.contiguous())
+        return self._packed[-1].data_ptr()
+
+    def _native_block(self, block: nn.Module) -> _Block:
+        assert isinstance(block, DiTBlock)
+        layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        return _Block(*(self._native_layer(layer, self._quantise) for layer in layers), block.norm1.eps, block.norm2.eps)
+
+    def _native_layer(self, layer: nn.Linear, quantise: bool) -> _Layer:
+        packed = NativeLayer(self._library, layer.weight.detach().cpu(), layer.bias.detach().cpu(), quantise)
+        self._packed.append(packed)
+        return packed.structure
+
+
+class NativeLayer:
+    """A copy of a linear layer, weight [N, K] and bias [N], as the library's products read it.
+
+    Panels of columns, filled up with zeros: float32 [panels, K, columns] or int8 [panels, K / 4, columns, 4].
+    """
+
+    def __init__(self, library: Any, weight: Tensor, bias: Tensor, quantise: bool):
+        self._library, self._quantise = library, quantise
+        (N, K), columns = weight.shape, library.fastcfg_columns()
+        filled, bias = -N % columns, bias.float().clone()
+        if quantise:
+            whole, scale = quantised(weight.float())
+            whole, scale = F.pad(whole, (0, -K % 4, 0, filled)), F.pad(scale[:, 0], (0, filled))
+            panels = whole.view(-1, columns, (K + 3) // 4, 4).transpose(1, 2).contiguous()
+            self._tensors = [panels, -128 * whole.sum(1, dtype=torch.int32), scale, bias]
+            self.structure = _Layer(*(tensor.data_ptr() for tensor in self._tensors), N, K)
+        else:
+            panels = F.pad(weight.float(), (0, 0, 0, filled)).view(-1, columns, K).transpose(1, 2).clone()
+            self._tensors = [panels.contiguous(), bias]
+            self.structure = _Layer(self._tensors[0].data_ptr(), None, None, bias.data_ptr(), N, K)
+
+    def products(self, h: Tensor) -> Callable[[], Tensor]:
+        """What makes the layer's products alone for h, float32 [M, K], for measuring: in scratch memory, with more columns, and
+        of the whole numbers in int8, where 4 must divide K."""
+        place, y = ctypes.byref(self.structure), torch.empty(self._library.fastcfg_layer_scratch(ctypes.byref(self.structure)))
+        whole, scale, _ = CpuOperations()._quantised(h)
+        given = _Tokens(h.data_ptr(), whole.data_ptr(), scale.data_ptr())
+
+        def call() -> Tensor:
+            self._library.fastcfg_layer_products(place, ctypes.byref(given), y.data_ptr(), len(h))
+            return y
+
+        call.kept = (h, whole, scale)  # type: ignore[attr-defined]
+        return call
+
+
+class _Team:
+    """A team of the library, and how its leader gets helpers."""
+
+    def __init__(self, library: Any, workers: Workers):
+        self._library, self._workers = library, workers
+        self.size = workers.count
+        self._memory = ctypes.create_string_buffer(library.fastcfg_team_size())
+        self.place = ctypes.addressof(self._memory)
+        self._asked = 0
+        library.fastcfg_team(self.place)
+
+    def gather(self, tokens: int) -> int:
+        """How many helpers there will be, more than before where workers have nothing to do and there is enough for each."""
+        while self._asked < tokens // TOKENS_EACH - 1 and self._workers.offer(self._help) is not None:
+            self._asked += 1
+        return self._asked
+
+    def _help(self) -> None:
+        self._library.fastcfg_help(self.place)
+
+    def dismiss(self) -> None:
+        self._library.fastcfg_dismiss(self.place)

@@ -1,0 +1,423 @@
+/* A whole DiT from its tokens to its output, for cpu_dit.py: what cpu_kernels.c has, products of its own, and a team of threads
+   that share one call. */
+
+#include "cpu_kernels.c"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+
+/* A linear layer, its weight [N, K] packed into panels of COLUMNS columns: float32 [N / COLUMNS, K, COLUMNS], or int8
+   [N / COLUMNS, K / 4, COLUMNS, 4] where there are the columns' scales and `start`, which takes back the 128 that is in every
+   activation: -128 times a column's sum. N, and in int8 K, are filled up with zeros. */
+typedef struct {
+    const void *weight;
+    const int32_t *start;
+    const float *scale, *bias;
+    long N, K;
+} Layer;
+
+/* What a layer reads: values [M, K] for a float32 layer, whole [M, fours(K)] and scale [M] of `quantise` for an int8 one. */
+typedef struct {
+    float *values;
+    uint8_t *whole;
+    float *scale;
+} Tokens;
+
+#define COLUMNS (REGISTERS * LANES)
+
+INLINE long filled(long N) { return (N + COLUMNS - 1) / COLUMNS * COLUMNS; }
+INLINE long fours(long K) { return (K + 3) / 4 * 4; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
+
+#ifdef __AVX512VNNI__
+#define HAS_INT8 1
+/* Products of whole [rows, K] with an int8 panel. Sums are of whole numbers, so nothing depends on their order. */
+INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t *start, const float *scale, float *y,
+                       long stride, long K, int rows) {
+    ints sums[ROWS][REGISTERS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < REGISTERS; j++)
+        memcpy(&sums[m][j], start + j * LANES, sizeof(ints));
+    for (long k = 0; k < K; k += 4) {
+        ints columns[REGISTERS];
+        UNROLL for (int j = 0; j < REGISTERS; j++) memcpy(&columns[j], panel + k * COLUMNS + j * 4 * LANES, sizeof(ints));
+        UNROLL for (int m = 0; m < rows; m++) {
+            int32_t four;
+            memcpy(&four, whole + m * K + k, 4);
+            ints token = four - (ints){0};
+            /* GCC copies the sums to memory and back around the intrinsic for this, which takes three times as long */
+            UNROLL for (int j = 0; j < REGISTERS; j++)
+                __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[m][j]) : "v"(token), "v"(columns[j]));
+        }
+    }
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < REGISTERS; j++) {
+        floats value = __builtin_convertvector(sums[m][j], floats) * load(scale, j * LANES, LANES, 0);
+        store(y, m * stride + j * LANES, LANES, value, 0);
+    }
+}
+#else
+#define HAS_INT8 0
+INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t *start, const float *scale, float *y,
+                       long stride, long K, int rows) {}
+#endif
+
+/* A float32 panel is read so many k at a time: with more, it would leave the second cache between two tiles. */
+#define CHUNK 1536
+INLINE long chunks_of(const Layer *layer) { return layer->start ? 1 : (layer->K + CHUNK - 1) / CHUNK; }
+
+/* y [rows, stride] = the products of rows m .. m + rows of `in` with the panel of column n, of the chunk of k. */
+INLINE void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, int rows) {
+    long K = layer->K, k = chunk * CHUNK, some = K - k < CHUNK ? K - k : CHUNK;
+    const float *panel = (const float *)layer->weight + n * K + k * COLUMNS;
+    if (HAS_INT8 && layer->start)
+        whole_tile(in->whole + m * fours(K), (const int8_t *)layer->weight + n * fours(K), layer->start + n, layer->scale + n, y,
+                   stride, fours(K), rows);
+    else if (chunk)
+        tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, 1);
+    else
+        tile(in->values + m * K, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, 0);
+}
+
+static void layer_tiles(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows) {
+    switch (rows) {
+#define OF_ROWS(count) case count: layer_tile(layer, in, m, n, chunk, y, stride, count); break;
+        OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6)
+#if ROWS > 6
+        OF_ROWS(7) OF_ROWS(8)
+#endif
+    }
+}
+
+/* Tokens `begin` .. `end` of all, and where the tiles of nearly one height begin that they go in. */
+typedef struct {
+    long begin, end;
+} Range;
+INLINE long tiles_of(Range some) { return (some.end - some.begin + ROWS - 1) / ROWS; }
+INLINE long tile_begins(long t, Range some) { return some.begin + t * (some.end - some.begin) / tiles_of(some); }
+
+/* So many tiles share a panel, and their results the innermost caches; more where a layer's weight has to come from memory. */
+INLINE long block_of(const Layer *layer) { return layer->N * layer->K > 1 << 17 ? 32 : 4; }
+
+/* Floats of scratch memory that a layer needs. */
+long fastcfg_layer_scratch(const Layer *layer) { return block_of(layer) * ROWS * filled(layer->N); }
+
+/* Tiles first .. last of a layer's products, to y [rows, filled(N)]. */
+static void multiply(const Layer *layer, const Tokens *in, float *y, Range some, long first, long last) {
+    long stride = filled(layer->N), from = tile_begins(first, some);
+    for (long chunk = 0; chunk < chunks_of(layer); chunk++)
+        for (long n = 0; n < layer->N; n += COLUMNS)
+            for (long t = first; t < last; t++) {
+                long m = tile_begins(t, some), rows = tile_begins(t + 1, some) - m;
+                layer_tiles(layer, in, m, n, chunk, y + (m - from) * stride + n, stride, rows);
+            }
+}
+
+/* A layer on some of its tokens. Behind it, token by token: to hidden, if there is one, gelu of the result, as a layer of the
+   same kind reads it; else into the stream, if there is one.  y: of fastcfg_layer_scratch. */
+static void run_layer(const Layer *layer, const Tokens *in, const Tokens *hidden, const Stream *to, float *y, Range some) {
+    long tiles = tiles_of(some), N = layer->N, block = block_of(layer);
+    for (long first = 0; first < tiles; first += block) {
+        long last = first + block < tiles ? first + block : tiles, from = tile_begins(first, some);
+        multiply(layer, in, y, some, first, last);
+        for (long m = from; m < tile_begins(last, some); m++) {
+            float *token = y + (m - from) * filled(N), scale = layer->start ? in->scale[m] : 1;
+            if (to)
+                stream_token(to, m, token, scale, layer->bias);
+            else if (!hidden)
+                continue;
+            else if (layer->start) {
+                hidden->scale[m] = scale;
+                hidden_token(token, hidden->scale + m, layer->bias, token, hidden->whole + m * fours(N), N);
+            } else
+                for (long k = 0; k < N; k += LANES) {
+                    int n = count(N - k);
+                    store(hidden->values, m * N + k, n, gelu(load(token, k, n, 0) + load(layer->bias, k, n, 0)), 0);
+                }
+        }
+    }
+}
+
+typedef struct {
+    Layer qkv, proj, fc1, fc2;
+    float eps1, eps2;
+} Block;
+
+/* A DiT. embedding [C p p, D] and position [T, D], to which the patches' bias is added; width: of the table of shifts, scales and
+   gates, six of a block, one after the other, and two of the last layer; side: patches of a row; outputs: C or 2 C. */
+typedef struct {
+    const float *embedding, *position;
+    const Block *blocks;
+    Layer last;
+    float last_eps;
+    long depth, T, D, H, heads, width, side, p, C, outputs;
+} Network;
+
+/* Where it works: for M = R T tokens, and a thread's own of y and attention. */
+typedef struct {
+    float *stream, *qkv, *hidden, *normed, *scale, *patches, *y, *attention;
+    uint8_t *whole;
+} Scratch;
+
+/* Scratch of R rows from `start` on, for thread `rank`; returns its floats for so many threads. */
+static long lay_out(const Network *net, long R, long threads, float *start, long rank, Scratch *to) {
+    long M = R * net->T, D = net->D, largest_y = fastcfg_layer_scratch(&net->last), used = 0;
+    for (const Block *block = net->blocks; block < net->blocks + net->depth; block++) {
+        const Layer *layers[] = {&block->qkv, &block->proj, &block->fc1, &block->fc2};
+        for (int l = 0; l < 4; l++) largest_y = most(largest_y, fastcfg_layer_scratch(layers[l]));
+    }
+#define SHARED(name, type, floats) to->name = (type *)(start + used), used += up(floats)
+    SHARED(stream, float, M * D);
+    SHARED(qkv, float, M * 3 * D);
+    SHARED(hidden, float, M * (net->H + 3)); /* or bytes */
+    SHARED(normed, float, M * D);
+    SHARED(scale, float, M);
+    SHARED(patches, float, M * net->last.N);
+    SHARED(whole, uint8_t, M * fours(D) / 4);
+#undef SHARED
+    long own = up(largest_y) + up(fastcfg_attention_scratch(net->T, D / net->heads));
+    to->y = start + used + rank * own;
+    to->attention = to->y + up(largest_y);
+    return used + threads * own;
+}
+
+long fastcfg_denoise_scratch(const Network *net, long R, long threads) {
+    Scratch ignored;
+    return lay_out(net, R, threads, 0, 0, &ignored);
+}
+
+/* One forward of R rows: tokens [B, T, D], rows r and r mod B of one sample; table [., width] and index [R]; out
+   [R, outputs, side p, side p]; memory: of fastcfg_denoise_scratch, for as many threads as a team may have. */
+typedef struct {
+    const Network *net;
+    const float *tokens, *table;
+    const int32_t *index;
+    float *out, *memory;
+    long R, B, threads;
+} Job;
+
+/* Threads that share jobs: a leader, who makes the team and posts the jobs, and helpers who have come to help, until they are
+   dismissed. A job's rows are shared in `parts` that whoever is free takes, so that a helper may come late; rows that are fewer
+   than those expected, by tokens and heads, among those `members` that are there when it is posted (parts 0). */
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t posted;
+    Job job;
+    long members;
+    _Atomic long helpers, jobs, parts, waiting, turns, done;
+    _Atomic uint64_t next; /* part of the job, whose number is in the upper half */
+    _Atomic int dismissed;
+} Team;
+
+#define SPINS 4000 /* of a few hundred microseconds: what a leader needs between two steps, and less than it takes to wake */
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() sched_yield()
+#endif
+
+INLINE void spin(long spins) {
+    if (spins < SPINS)
+        PAUSE();
+    else
+        sched_yield();
+}
+
+/* Goes on once all members have come here. */
+static void meet(Team *team) {
+    if (!team || team->members == 1) return;
+    long turn = atomic_load(&team->turns);
+    if (atomic_fetch_add(&team->waiting, 1) + 1 == team->members) {
+        atomic_store(&team->waiting, 0);
+        atomic_store(&team->turns, turn + 1);
+        return;
+    }
+    for (long spins = 0; atomic_load(&team->turns) == turn; spins++) spin(spins);
+}
+
+/* adaLN of x [sources, T, D], as fastcfg_adaln, for a layer to read. */
+INLINE void condition(const Job *job, const float *x, long sources, long column, float eps, const Layer *layer,
+                      const Tokens *out, Range some) {
+    const Network *net = job->net;
+    for (long m = some.begin; m < some.end; m++) {
+        const float *shift = job->table + job->index[m / net->T] * net->width + column;
+        long D = net->D, at = (m / net->T % sources * net->T + m % net->T) * D;
+        float *token = out->values + m * D;
+        adaln_token(x, at, shift, shift + D, token, 0, D, eps, 0);
+        if (layer->start) quantise(token, out->whole + m * fours(D), 0, out->scale + m, 1, D, 0);
+    }
+}
+
+/* Patches [p, p, outputs] of some tokens to their places in out. */
+INLINE void unpatchify(const Job *job, const float *patches, Range some) {
+    long p = job->net->p, side = job->net->side, outputs = job->net->outputs;
+    for (long m = some.begin; m < some.end; m++) {
+        long r = m / job->net->T, i = m % job->net->T / side, j = m % side;
+        const float *patch = patches + m * p * p * outputs;
+        for (long c = 0; c < outputs; c++)
+            for (long a = 0; a < p; a++)
+                for (long b = 0; b < p; b++)
+                    job->out[((r * outputs + c) * side * p + i * p + a) * side * p + j * p + b] = patch[(a * p + b) * outputs + c];
+    }
+}
+
+/* What one of `members` threads does of a job: its tokens, which depend on others of their row in attention alone, and its
+   heads there. team: with whom it has to meet for that; none where each has whole rows.  place: of its own scratch. */
+static void work(const Job *job, Team *team, long rank, long members, long place, long places) {
+    const Network *net = job->net;
+    Scratch s;
+    lay_out(net, job->R, places, job->memory, place, &s);
+    long T = net->T, D = net->D, R = job->R, M = R * T, heads = R * net->heads, column = 0, sources = job->B;
+    Range some = {rank * M / members, (rank + 1) * M / members};
+    Tokens normed = {s.normed, s.whole, s.scale}, hidden = {s.hidden, (uint8_t *)s.hidden, s.scale};
+    const float *x = job->tokens;
+    for (const Block *block = net->blocks; block < net->blocks + net->depth; block++, column += 6 * D) {
+        Stream plain = {0, 0, 0, s.qkv, R, T, 3 * D, 0, 0, 0};
+        condition(job, x, sources, column, block->eps1, &block->qkv, &normed, some);
+        run_layer(&block->qkv, &normed, 0, &plain, s.y, some);
+        meet(team);
+        for (long h = rank * heads / members; h < (rank + 1) * heads / members; h++)
+            attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, 0);
+        meet(team);
+        if (block->proj.start)
+            quantise(s.normed + some.begin * D, s.whole + some.begin * fours(D), fours(D), s.scale + some.begin,
+                     some.end - some.begin, D, 0);
+        Stream joined = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 2 * D, 0};
+        run_layer(&block->proj, &normed, 0, &joined, s.y, some);
+        x = s.stream;
+        sources = R;
+        condition(job, x, sources, column + 3 * D, block->eps2, &block->fc1, &normed, some);
+        run_layer(&block->fc1, &normed, &hidden, 0, s.y, some);
+        Stream again = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 5 * D, 0};
+        run_layer(&block->fc2, &hidden, 0, &again, s.y, some);
+    }
+    Stream end = {0, 0, 0, s.patches, R, T, net->last.N, 0, 0, 0};
+    condition(job, x, sources, column, net->last_eps, &net->last, &normed, some);
+    run_layer(&net->last, &normed, 0, &end, s.y, some);
+    unpatchify(job, s.patches, some);
+}
+
+/* Parts of job `number`, as long as there are any. */
+static void take_parts(Team *team, uint64_t number, long place) {
+    for (;;) {
+        uint64_t next = atomic_load(&team->next);
+        long parts = atomic_load(&team->parts), part = (long)(uint32_t)next;
+        if (next >> 32 != number || part >= parts) return;
+        if (!atomic_compare_exchange_weak(&team->next, &next, next + 1)) continue;
+        work(&team->job, 0, part, parts, place, team->job.threads);
+        atomic_fetch_add(&team->done, 1);
+    }
+}
+
+long fastcfg_team_size(void) { return sizeof(Team); }
+
+void fastcfg_team(Team *team) {
+    memset(team, 0, sizeof(Team));
+    pthread_mutex_init(&team->lock, 0);
+    pthread_cond_init(&team->posted, 0);
+}
+
+/* Takes part in a team's jobs until the leader dismisses it. */
+void fastcfg_help(Team *team) {
+    pthread_mutex_lock(&team->lock);
+    long rank = atomic_fetch_add(&team->helpers, 1) + 1, seen = atomic_load(&team->jobs);
+    if (atomic_load(&team->parts)) seen--; /* the job under way can be joined */
+    pthread_mutex_unlock(&team->lock);
+    for (;;) {
+        for (int spins = 0; spins < SPINS && atomic_load(&team->jobs) == seen && !atomic_load(&team->dismissed); spins++) PAUSE();
+        pthread_mutex_lock(&team->lock);
+        while (atomic_load(&team->jobs) == seen && !atomic_load(&team->dismissed)) pthread_cond_wait(&team->posted, &team->lock);
+        long number = atomic_load(&team->jobs), by_parts = atomic_load(&team->parts);
+        pthread_mutex_unlock(&team->lock);
+        if (atomic_load(&team->dismissed)) return; /* which happens between two jobs */
+        seen = number;
+        if (by_parts)
+            take_parts(team, (uint64_t)number, rank);
+        else {
+            work(&team->job, team, rank, team->members, rank, team->job.threads);
+            meet(team);
+        }
+    }
+}
+
+void fastcfg_dismiss(Team *team) {
+    pthread_mutex_lock(&team->lock);
+    atomic_store(&team->dismissed, 1);
+    pthread_cond_broadcast(&team->posted);
+    pthread_mutex_unlock(&team->lock);
+}
+
+/* Does a job with the help of a team, to which `expected` helpers have come or will; without a team, alone. */
+void fastcfg_denoise(const Job *job, Team *team, long expected) {
+    if (!team) {
+        work(job, 0, 0, 1, 0, 1);
+        return;
+    }
+    long by_parts = job->R % (expected + 1) == 0;
+    for (long spins = 0; !by_parts && spins < 2 * SPINS && atomic_load(&team->helpers) < expected; spins++) spin(spins);
+    pthread_mutex_lock(&team->lock);
+    team->job = *job;
+    team->members = 1 + atomic_load(&team->helpers);
+    atomic_store(&team->done, 0);
+    atomic_store(&team->parts, by_parts ? expected + 1 : 0);
+    uint64_t number = (uint64_t)(atomic_fetch_add(&team->jobs, 1) + 1);
+    atomic_store(&team->next, number << 32);
+    pthread_cond_broadcast(&team->posted);
+    pthread_mutex_unlock(&team->lock);
+    if (by_parts) {
+        take_parts(team, number, 0);
+        for (long spins = 0; atomic_load(&team->done) < expected + 1; spins++) spin(spins);
+    } else {
+        work(job, team, 0, team->members, 0, job->threads);
+        meet(team);
+    }
+}
+
+/* Tokens [B, T, D] of x, float64 [B, C, side p, side p]. */
+void fastcfg_embed(const Network *net, const double *x, float *tokens, long B) {
+    long T = net->T, D = net->D, C = net->C, p = net->p, side = net->side;
+    for (long m = 0; m < B * T; m++) {
+        long i = m % T / side, j = m % side;
+        float *token = tokens + m * D;
+        memcpy(token, net->position + m % T * D, sizeof(float) * (size_t)D);
+        const float *weight = net->embedding;
+        for (long c = 0; c < C; c++)
+            for (long a = 0; a < p; a++)
+                for (long b = 0; b < p; b++, weight += D) {
+                    double value = x[((m / T * C + c) * side * p + i * p + a) * side * p + j * p + b];
+                    for (long d = 0; d < D; d += LANES) {
+                        int n = count(D - d);
+                        store(token, d, n, MULTIPLY_ADD(all((float)value), load(weight, d, n, 0), load(token, d, n, 0)), 0);
+                    }
+                }
+    }
+}
+
+/* For measuring: a layer's products of M tokens alone, and those of a network of R rows, with its attention or without, on what
+   its memory holds. */
+void fastcfg_layer_products(const Layer *layer, const Tokens *in, float *y, long M) {
+    run_layer(layer, in, 0, 0, y, (Range){0, M});
+}
+
+void fastcfg_products(const Network *net, float *memory, long R, int attention) {
+    Scratch s;
+    lay_out(net, R, 1, memory, 0, &s);
+    long M = R * net->T;
+    Tokens normed = {s.normed, s.whole, s.scale}, hidden = {s.hidden, (uint8_t *)s.hidden, s.scale};
+    for (const Block *block = net->blocks; block < net->blocks + net->depth; block++) {
+        fastcfg_layer_products(&block->qkv, &normed, s.y, M);
+        if (attention) fastcfg_attention(s.qkv, s.stream, s.attention, R, net->T, net->heads, net->D / net->heads, 0);
+        fastcfg_layer_products(&block->proj, &normed, s.y, M);
+        fastcfg_layer_products(&block->fc1, &normed, s.y, M);
+        fastcfg_layer_products(&block->fc2, &hidden, s.y, M);
+    }
+    fastcfg_layer_products(&net->last, &normed, s.y, M);
+}
+
+/* The columns of a panel. */
+long fastcfg_columns(void) { return COLUMNS; }
+
+/* Whether products are worth taking: in float32, in int8. */
+int fastcfg_has_float32(void) { return HAS_FLOAT32; }
+int fastcfg_has_int8(void) { return HAS_INT8; }
