@@ -83,7 +83,18 @@ INLINE void store(void *array, long start, int n, floats value, int kind) {
 }
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
+
+/* The second where either is a NaN, as the instructions have it. */
+#if defined(__AVX512F__)
+INLINE floats larger(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE floats smaller(floats a, floats b) { return (floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+INLINE floats larger(floats a, floats b) { return (floats)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE floats smaller(floats a, floats b) { return (floats)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+INLINE floats smaller(floats a, floats b) { return choose(a < b, a, b); }
+#endif
 
 INLINE float sum(floats value) {
     quarter part[LANES / 4];
@@ -120,10 +131,10 @@ INLINE float largest_magnitude(ints value) {
 /* The nearest whole number, ties to even, of |value| < 2^22: the sum has no bits for a fraction. */
 #define WHOLE 12582912.0f
 
-/* e^x to 2 units in the last place, for any x: 0 below the smallest normal number. 2^n p(r), n whole, |r| <= ln 2 / 2. */
+/* e^x to 2 units in the last place, for x from -87.3 to 88.3 and of those for any other; a NaN stays one. 2^n p(r), n whole,
+   |r| <= ln 2 / 2. */
 INLINE floats exponential(floats x) {
-    ints vanishes = x < -87.3f;
-    x = choose(x > 88.3f, all(88.3f), choose(vanishes, all(-87.3f), x));
+    x = larger(all(-87.3f), smaller(all(88.3f), x));
     floats shifted = MULTIPLY_ADD(x, all(1.44269504f), all(WHOLE));
     floats n = shifted - WHOLE;
     floats r = MULTIPLY_ADD(n, all(-0.693359375f), x);
@@ -134,8 +145,7 @@ INLINE floats exponential(floats x) {
     p = MULTIPLY_ADD(p, r, all(1.6666665459e-1f));
     p = MULTIPLY_ADD(p, r, all(5.0000001201e-1f));
     p = MULTIPLY_ADD(p, r * r, r + 1.0f);
-    floats value = (floats)((ints)p + ((ints)shifted << 23));
-    return (floats)((ints)value & ~vanishes);
+    return (floats)((ints)p + ((ints)shifted << 23));
 }
 
 /* 1 / x to a unit in the last place, for x of no extreme size; half the time of a division. */
@@ -311,86 +321,137 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
         store(C, m * ldc + j * LANES, LANES, sums[m][j], 0);
 }
 
-/* C = A B with `rows` rows, N columns, a multiple of LANES. */
-INLINE void strip(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long N, long K, int rows) {
-    long n = 0;
-    if (REGISTERS == 3) /* as many threes as leave no one over: 4 is 2 + 2 */
-        for (; N - n >= 3 * LANES && N - n != 4 * LANES; n += 3 * LANES)
-            tile(A, lda, B + n, ldb, C + n, ldc, K, rows, REGISTERS, 0);
-    for (; N - n >= 2 * LANES; n += 2 * LANES) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 2, 0);
-    if (n < N) tile(A, lda, B + n, ldb, C + n, ldc, K, rows, 1, 0);
+/* tile for any number of rows and registers that there is. */
+static void any_tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, long rows, long registers,
+                     int more) {
+    switch (rows * 8 + registers * 2 + more) {
+#define OF(rows, registers) \
+    case rows * 8 + registers * 2: tile(A, lda, B, ldb, C, ldc, K, rows, registers, 0); break; \
+    case rows * 8 + registers * 2 + 1: tile(A, lda, B, ldb, C, ldc, K, rows, registers, 1); break;
+#if REGISTERS > 2
+#define OF_ALL(rows) OF(rows, 1) OF(rows, 2) OF(rows, 3)
+#else
+#define OF_ALL(rows) OF(rows, 1) OF(rows, 2)
+#endif
+        OF_ALL(1) OF_ALL(2) OF_ALL(3) OF_ALL(4) OF_ALL(5) OF_ALL(6)
+#if ROWS > 6
+        OF_ALL(7) OF_ALL(8)
+#endif
+    }
 }
 
-/* Weights e^(s - max s) of a query's scores s [T, filled up to padded], in place; returns one over their sum. */
-INLINE float weigh(float *s, long T, long padded) {
+/* Some rows of a matrix, and where the tiles of nearly one height begin that they go in. */
+typedef struct {
+    long begin, end;
+} Range;
+INLINE long tiles_of(Range some) { return (some.end - some.begin + ROWS - 1) / ROWS; }
+INLINE long tile_begins(long t, Range some) { return some.begin + t * (some.end - some.begin) / tiles_of(some); }
+
+/* Of N registers of columns that are left, how many to take: as many threes as leave no one over. */
+INLINE long panel_of(long N) { return REGISTERS == 2 || N == 2 || N == 4 ? (N < 2 ? N : 2) : N < 3 ? N : 3; }
+
+/* C = A B, or C + A B: rows [M, K] [K, N], N a multiple of LANES. Tiles share a panel of B while it is in the first cache. */
+static void product(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long M, long N, long K, int more) {
+    Range rows = {0, M};
+    for (long n = 0, wide; n < N; n += wide * LANES) {
+        wide = panel_of((N - n) / LANES);
+        for (long t = 0; t < tiles_of(rows); t++) {
+            long m = tile_begins(t, rows);
+            any_tile(A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, K, tile_begins(t + 1, rows) - m, wide, more);
+        }
+    }
+}
+
+INLINE long up(long n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE long apart(long n) { return up(n) + LANES; } /* rows of k: a power of two would put them all into a few cache sets */
+
+/* Weights e^(factor (s - max s)) of a query's scores s [T, filled up to registers], in place; returns one over their sum. */
+INLINE float weigh(float *s, long T, float factor) {
     floats most = all(-INFINITY), total = {0};
-    for (long k = T; k < padded; k++) s[k] = -INFINITY;
-    for (long k = 0; k < padded; k += LANES) most = larger(load(s, k, LANES, 0), most);
+    for (long k = T; k < up(T); k++) s[k] = -INFINITY;
+    for (long k = 0; k < T; k += LANES) most = larger(load(s, k, LANES, 0), most);
     float highest = largest(most);
-    for (long k = 0; k < padded; k += LANES) {
-        floats weight = exponential(load(s, k, LANES, 0) - highest);
+    for (long k = 0; k < T; k += LANES) {
+        floats weight = exponential((load(s, k, LANES, 0) - highest) * factor);
         total += weight;
         store(s, k, LANES, weight, 0);
     }
     return 1 / sum(total);
 }
 
-INLINE long up(long n) { return (n + LANES - 1) / LANES * LANES; }
-INLINE long apart(long n) { return up(n) + LANES; } /* rows of k: a power of two would put them all into a few cache sets */
+/* to [n, stride] = n tokens' d values of `array`, which are `step` values apart. */
+INLINE void gather(const void *array, long start, long step, long n, long d, float *to, long stride, int kind) {
+    for (long t = 0; t < n; t++) {
+        long i = 0;
+        for (; i + LANES <= d; i += LANES) store(to, t * stride + i, LANES, load(array, start + t * step + i, LANES, kind), 0);
+        if (i < d) store(to, t * stride + i, (int)(d - i), load(array, start + t * step + i, (int)(d - i), kind), 0);
+    }
+}
+
+/* Columns of LANES rows of LANES values, `step` apart, as rows that are `stride` apart. */
+INLINE void transpose(const float *from, long step, float *to, long stride) {
+    floats rows[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) rows[i] = load(from, i * step, LANES, 0);
+#ifdef __AVX512F__
+    __m512 pairs[16], fours[16], eights[16];
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+        __m512d low = (__m512d)pairs[i + j], high = (__m512d)pairs[i + 2 + j];
+        fours[i + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
+        fours[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+    }
+    UNROLL for (int i = 0; i < 16; i += 8) UNROLL for (int j = 0; j < 4; j++) {
+        eights[i + j] = _mm512_shuffle_f32x4(fours[i + j], fours[i + 4 + j], 0x88);
+        eights[i + 4 + j] = _mm512_shuffle_f32x4(fours[i + j], fours[i + 4 + j], 0xdd);
+    }
+    UNROLL for (int j = 0; j < 8; j++) {
+        floats even = (floats)_mm512_shuffle_f32x4(eights[j], eights[8 + j], 0x88);
+        floats odd = (floats)_mm512_shuffle_f32x4(eights[j], eights[8 + j], 0xdd);
+        store(to, j * stride, LANES, even, 0);
+        store(to, (8 + j) * stride, LANES, odd, 0);
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) to[j * stride + i] = rows[i][j];
+#endif
+}
+
+#define QUERIES (4 * ROWS) /* that share k and v while those are in the first cache */
+#define KEYS 128           /* of v at a time */
 
 /* Floats of scratch memory that fastcfg_attention needs. */
 long fastcfg_attention_scratch(long T, long d) {
-    return T * d + d * apart(T) + T * up(d) + ROWS * (up(T) + up(d)) + LANES * up(d);
-}
-
-/* to [n, stride] = factor times n tokens' d values of `array`, which are `step` values apart. */
-INLINE void gather(const void *array, long start, long step, long n, long d, float factor, float *to, long stride, int kind) {
-    for (long t = 0; t < n; t++)
-        for (long i = 0; i < d; i += LANES) {
-            int wide = count(d - i);
-            store(to, t * stride + i, wide, load(array, start + t * step + i, wide, kind) * factor, 0);
-        }
-}
-
-/* result [rows, values] of a head for `rows` queries q [rows, d], still to be multiplied by weights [rows]: k [d, keys], v [T,
-   values], keys and values filled up to registers. */
-INLINE void attend(const float *q, const float *k, const float *v, float *scores, float *result, float *weights, long T, long d,
-                   int rows) {
-    long keys = up(T), values = up(d);
-    strip(q, d, k, apart(T), scores, keys, keys, d, rows);
-    for (long m = 0; m < rows; m++) weights[m] = weigh(scores + m * keys, T, keys);
-    strip(scores, keys, v, values, result, values, values, T, rows);
+    return QUERIES * (up(d) + up(T) + up(d)) + up(d) * apart(T) + T * up(d) + LANES * up(d);
 }
 
 /* softmax(q k^T / sqrt(d)) v of one head of row r.  qkv [R, T, 3, heads, d], out [R, T, heads, d] of one kind. */
 static void attend_head(const void *qkv, void *out, float *scratch, long r, long head, long T, long heads, long d, int kind) {
-    long values = up(d), D = heads * d, start = r * T * 3 * D + head * d;
-    float weights[ROWS];
-    float *q = scratch, *k = q + T * d, *v = k + d * apart(T), *scores = v + T * values, *result = scores + ROWS * up(T);
-    float *few = result + ROWS * values; /* LANES tokens, on their way to k */
-    memset(v, 0, sizeof(float) * (size_t)(T * values));
-    gather(qkv, start, 3 * D, T, d, 1 / sqrtf((float)d), q, d, kind);
-    gather(qkv, start + 2 * D, 3 * D, T, d, 1, v, values, kind);
+    long wide = up(d), keys = up(T), D = heads * d, start = r * T * 3 * D + head * d;
+    float *q = scratch, *scores = q + QUERIES * wide, *result = scores + QUERIES * keys, *k = result + QUERIES * wide;
+    float *v = k + wide * apart(T), *few = v + T * wide; /* LANES tokens, on their way to k */
+    if (wide != d) memset(v, 0, sizeof(float) * (size_t)(T * wide));
+    gather(qkv, start + 2 * D, 3 * D, T, d, v, wide, kind);
     for (long t = 0; t < T; t += LANES) {
         int n = count(T - t);
-        if (n < LANES) memset(few, 0, sizeof(float) * (size_t)(LANES * d));
-        gather(qkv, start + D + t * 3 * D, 3 * D, n, d, 1, few, d, kind);
-        for (long i = 0; i < d; i++)
-            for (int lane = 0; lane < LANES; lane++) k[i * apart(T) + t + lane] = few[lane * d + i];
+        if (n < LANES || wide != d) memset(few, 0, sizeof(float) * (size_t)(LANES * wide));
+        gather(qkv, start + D + t * 3 * D, 3 * D, n, d, few, wide, kind);
+        for (long i = 0; i < wide; i += LANES) transpose(few + i, wide, k + i * apart(T) + t, apart(T));
     }
     for (long t = 0, rows; t < T; t += rows) {
-        const float *query = q + t * d;
-        rows = T - t >= ROWS ? ROWS : T - t >= ROWS / 2 ? ROWS / 2 : 1;
-        if (rows == ROWS)
-            attend(query, k, v, scores, result, weights, T, d, ROWS);
-        else if (rows > 1)
-            attend(query, k, v, scores, result, weights, T, d, ROWS / 2);
-        else
-            attend(query, k, v, scores, result, weights, T, d, 1);
+        rows = T - t < QUERIES ? T - t : QUERIES;
+        gather(qkv, start + t * 3 * D, 3 * D, rows, d, q, wide, kind);
+        product(q, wide, k, apart(T), scores, keys, rows, keys, d, 0);
+        float weights[QUERIES];
+        for (long m = 0; m < rows; m++) weights[m] = weigh(scores + m * keys, T, 1 / sqrtf((float)d));
+        for (long key = 0; key < T; key += KEYS)
+            product(scores + key, keys, v + key * wide, wide, result, wide, rows, wide, T - key < KEYS ? T - key : KEYS, key > 0);
         for (long m = 0; m < rows; m++)
             for (long i = 0; i < d; i += LANES) {
                 int n = count(d - i);
-                floats value = load(result, m * values + i, n, 0) * weights[m];
+                floats value = load(result, m * wide + i, n, 0) * weights[m];
                 store(out, (r * T + t + m) * D + head * d + i, n, value, kind);
             }
     }

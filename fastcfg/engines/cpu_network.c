@@ -55,10 +55,17 @@ INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t 
         store(y, m * stride + j * LANES, LANES, value, 0);
     }
 }
+
+static void any_whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t *start, const float *scale, float *y,
+                           long stride, long K, long rows) {
+    switch (rows) {
+#define OF_ROWS(rows) case rows: whole_tile(whole, panel, start, scale, y, stride, K, rows); break;
+        OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6) OF_ROWS(7) OF_ROWS(8)
+    }
+}
 #else
 #define HAS_INT8 0
-INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t *start, const float *scale, float *y,
-                       long stride, long K, int rows) {}
+#define any_whole_tile(...)
 #endif
 
 /* A float32 panel is read so many k at a time: with more, it would leave the second cache between two tiles. */
@@ -66,35 +73,15 @@ INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t 
 INLINE long chunks_of(const Layer *layer) { return layer->start ? 1 : (layer->K + CHUNK - 1) / CHUNK; }
 
 /* y [rows, stride] = the products of rows m .. m + rows of `in` with the panel of column n, of the chunk of k. */
-INLINE void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, int rows) {
+static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows) {
     long K = layer->K, k = chunk * CHUNK, some = K - k < CHUNK ? K - k : CHUNK;
     const float *panel = (const float *)layer->weight + n * K + k * COLUMNS;
     if (HAS_INT8 && layer->start)
-        whole_tile(in->whole + m * fours(K), (const int8_t *)layer->weight + n * fours(K), layer->start + n, layer->scale + n, y,
-                   stride, fours(K), rows);
-    else if (chunk)
-        tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, 1);
+        any_whole_tile(in->whole + m * fours(K), (const int8_t *)layer->weight + n * fours(K), layer->start + n,
+                       layer->scale + n, y, stride, fours(K), rows);
     else
-        tile(in->values + m * K, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, 0);
+        any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk > 0);
 }
-
-static void layer_tiles(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows) {
-    switch (rows) {
-#define OF_ROWS(count) case count: layer_tile(layer, in, m, n, chunk, y, stride, count); break;
-        OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6)
-#if ROWS > 6
-        OF_ROWS(7) OF_ROWS(8)
-#endif
-    }
-}
-
-/* Tokens `begin` .. `end` of all, and where the tiles of nearly one height begin that they go in. */
-typedef struct {
-    long begin, end;
-} Range;
-INLINE long tiles_of(Range some) { return (some.end - some.begin + ROWS - 1) / ROWS; }
-INLINE long tile_begins(long t, Range some) { return some.begin + t * (some.end - some.begin) / tiles_of(some); }
-
 /* So many tiles share a panel, and their results the innermost caches; more where a layer's weight has to come from memory. */
 INLINE long block_of(const Layer *layer) { return layer->N * layer->K > 1 << 17 ? 32 : 4; }
 
@@ -108,7 +95,7 @@ static void multiply(const Layer *layer, const Tokens *in, float *y, Range some,
         for (long n = 0; n < layer->N; n += COLUMNS)
             for (long t = first; t < last; t++) {
                 long m = tile_begins(t, some), rows = tile_begins(t + 1, some) - m;
-                layer_tiles(layer, in, m, n, chunk, y + (m - from) * stride + n, stride, rows);
+                layer_tile(layer, in, m, n, chunk, y + (m - from) * stride + n, stride, rows);
             }
 }
 
@@ -208,6 +195,7 @@ typedef struct {
     _Atomic int dismissed;
 } Team;
 
+#define PART_TOKENS 400 /* of whole rows that are computed together: more would leave the caches */
 #define SPINS 4000 /* of a few hundred microseconds: what a leader needs between two steps, and less than it takes to wake */
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
@@ -262,14 +250,19 @@ INLINE void unpatchify(const Job *job, const float *patches, Range some) {
     }
 }
 
+INLINE Range share(long n, long rank, long members) { return (Range){rank * n / members, (rank + 1) * n / members}; }
+
 /* What one of `members` threads does of a job: its tokens, which depend on others of their row in attention alone, and its
-   heads there. team: with whom it has to meet for that; none where each has whole rows.  place: of its own scratch. */
-static void work(const Job *job, Team *team, long rank, long members, long place, long places) {
+   heads there. team: with whom it has to meet for that; without one, the `rank`th of so many parts, of whole rows, is its.
+   place: of its own scratch. */
+static void work(const Job *job, Team *team, long rank, long members, long place) {
     const Network *net = job->net;
     Scratch s;
-    lay_out(net, job->R, places, job->memory, place, &s);
-    long T = net->T, D = net->D, R = job->R, M = R * T, heads = R * net->heads, column = 0, sources = job->B;
-    Range some = {rank * M / members, (rank + 1) * M / members};
+    lay_out(net, job->R, job->threads, job->memory, place, &s);
+    long T = net->T, D = net->D, R = job->R, column = 0, sources = job->B;
+    Range rows = share(R, rank, members), some = {rows.begin * T, rows.end * T};
+    Range heads = {rows.begin * net->heads, rows.end * net->heads};
+    if (team) some = share(R * T, rank, members), heads = share(R * net->heads, rank, members);
     Tokens normed = {s.normed, s.whole, s.scale}, hidden = {s.hidden, (uint8_t *)s.hidden, s.scale};
     const float *x = job->tokens;
     for (const Block *block = net->blocks; block < net->blocks + net->depth; block++, column += 6 * D) {
@@ -277,7 +270,7 @@ static void work(const Job *job, Team *team, long rank, long members, long place
         condition(job, x, sources, column, block->eps1, &block->qkv, &normed, some);
         run_layer(&block->qkv, &normed, 0, &plain, s.y, some);
         meet(team);
-        for (long h = rank * heads / members; h < (rank + 1) * heads / members; h++)
+        for (long h = heads.begin; h < heads.end; h++)
             attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, 0);
         meet(team);
         if (block->proj.start)
@@ -305,7 +298,7 @@ static void take_parts(Team *team, uint64_t number, long place) {
         long parts = atomic_load(&team->parts), part = (long)(uint32_t)next;
         if (next >> 32 != number || part >= parts) return;
         if (!atomic_compare_exchange_weak(&team->next, &next, next + 1)) continue;
-        work(&team->job, 0, part, parts, place, team->job.threads);
+        work(&team->job, 0, part, parts, place);
         atomic_fetch_add(&team->done, 1);
     }
 }
@@ -335,7 +328,7 @@ void fastcfg_help(Team *team) {
         if (by_parts)
             take_parts(team, (uint64_t)number, rank);
         else {
-            work(&team->job, team, rank, team->members, rank, team->job.threads);
+            work(&team->job, team, rank, team->members, rank);
             meet(team);
         }
     }
@@ -350,26 +343,28 @@ void fastcfg_dismiss(Team *team) {
 
 /* Does a job with the help of a team, to which `expected` helpers have come or will; without a team, alone. */
 void fastcfg_denoise(const Job *job, Team *team, long expected) {
+    long members = team ? expected + 1 : 1, parts = members * ((job->R * job->net->T - 1) / (members * PART_TOKENS) + 1);
+    if (parts > job->R) parts = job->R;
     if (!team) {
-        work(job, 0, 0, 1, 0, 1);
+        for (long part = 0; part < parts; part++) work(job, 0, part, parts, 0);
         return;
     }
-    long by_parts = job->R % (expected + 1) == 0;
+    long by_parts = job->R % members == 0;
     for (long spins = 0; !by_parts && spins < 2 * SPINS && atomic_load(&team->helpers) < expected; spins++) spin(spins);
     pthread_mutex_lock(&team->lock);
     team->job = *job;
     team->members = 1 + atomic_load(&team->helpers);
     atomic_store(&team->done, 0);
-    atomic_store(&team->parts, by_parts ? expected + 1 : 0);
+    atomic_store(&team->parts, by_parts ? parts : 0);
     uint64_t number = (uint64_t)(atomic_fetch_add(&team->jobs, 1) + 1);
     atomic_store(&team->next, number << 32);
     pthread_cond_broadcast(&team->posted);
     pthread_mutex_unlock(&team->lock);
     if (by_parts) {
         take_parts(team, number, 0);
-        for (long spins = 0; atomic_load(&team->done) < expected + 1; spins++) spin(spins);
+        for (long spins = 0; atomic_load(&team->done) < parts; spins++) spin(spins);
     } else {
-        work(job, team, 0, team->members, 0, job->threads);
+        work(job, team, 0, team->members, 0);
         meet(team);
     }
 }
