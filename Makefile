@@ -6,23 +6,27 @@ INSTALLED := .venv/.installed
 # processes share the cores, and what one spins away the other lacks.
 SIDE_BY_SIDE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 COMPILED := .venv/kernels-check.txt
+INTERPRETED := .venv/kernels-interpreted.txt
 
-.PHONY: sample test side-by-side compiled lint bench bench-compare tradeoff quality crash clean
+.PHONY: sample test side-by-side compiled interpreted lint bench bench-compare tradeoff quality crash clean
 
 sample: $(INSTALLED)  ## The main job: guided samples of the shipped model, rows = classes, columns = scales.
 	$(BIN)/fastcfg sample --labels balanced --scale 1,1.5,2,3,5,8 --batch 10 --out samples.png
 
 test: $(INSTALLED)  ## Every test: the package's, the kernels' under the interpreter in processes of their own, their compilation.
-	$(MAKE) --jobs 2 side-by-side compiled
-	cat $(COMPILED)
+	$(MAKE) --jobs 3 side-by-side compiled interpreted
+	cat $(COMPILED) $(INTERPRETED)
 	$(BIN)/python -m pytest --ignore tests/kernels -m alone
-	TRITON_INTERPRET=1 $(SIDE_BY_SIDE) tests/kernels
 
 side-by-side: $(INSTALLED)
 	$(SIDE_BY_SIDE) --ignore tests/kernels -m "not alone"
 
-compiled: $(INSTALLED)  # in what the tests, many of which wait, leave of the cores
+# Both in what the tests, many of which wait, leave of the cores
+compiled: $(INSTALLED)
 	nice -n 19 $(BIN)/fastcfg kernels check > $(COMPILED) || { cat $(COMPILED); exit 1; }
+
+interpreted: $(INSTALLED)
+	TRITON_INTERPRET=1 nice -n 19 env $(SIDE_BY_SIDE) tests/kernels > $(INTERPRETED) || { cat $(INTERPRETED); exit 1; }
 
 lint: $(INSTALLED)  ## Formatting, lint and types.
 	$(BIN)/ruff format --check .

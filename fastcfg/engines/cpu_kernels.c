@@ -324,10 +324,9 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
 /* tile for any number of rows and registers that there is. */
 static void any_tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, long rows, long registers,
                      int more) {
-    switch (rows * 8 + registers * 2 + more) {
+    switch (rows * 4 + registers) {
 #define OF(rows, registers) \
-    case rows * 8 + registers * 2: tile(A, lda, B, ldb, C, ldc, K, rows, registers, 0); break; \
-    case rows * 8 + registers * 2 + 1: tile(A, lda, B, ldb, C, ldc, K, rows, registers, 1); break;
+    case rows * 4 + registers: tile(A, lda, B, ldb, C, ldc, K, rows, registers, more); break;
 #if REGISTERS > 2
 #define OF_ALL(rows) OF(rows, 1) OF(rows, 2) OF(rows, 3)
 #else

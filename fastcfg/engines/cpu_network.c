@@ -213,10 +213,10 @@ INLINE void spin(long spins) {
 }
 
 /* Goes on once all members have come here. */
-static void meet(Team *team) {
-    if (!team || team->members == 1) return;
+static void meet(Team *team, long members) {
+    if (!team || members == 1) return;
     long turn = atomic_load(&team->turns);
-    if (atomic_fetch_add(&team->waiting, 1) + 1 == team->members) {
+    if (atomic_fetch_add(&team->waiting, 1) + 1 == members) {
         atomic_store(&team->waiting, 0);
         atomic_store(&team->turns, turn + 1);
         return;
@@ -269,10 +269,10 @@ static void work(const Job *job, Team *team, long rank, long members, long place
         Stream plain = {0, 0, 0, s.qkv, R, T, 3 * D, 0, 0, 0};
         condition(job, x, sources, column, block->eps1, &block->qkv, &normed, some);
         run_layer(&block->qkv, &normed, 0, &plain, s.y, some);
-        meet(team);
+        meet(team, members);
         for (long h = heads.begin; h < heads.end; h++)
             attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, 0);
-        meet(team);
+        meet(team, members);
         if (block->proj.start)
             quantise(s.normed + some.begin * D, s.whole + some.begin * fours(D), fours(D), s.scale + some.begin,
                      some.end - some.begin, D, 0);
@@ -321,15 +321,15 @@ void fastcfg_help(Team *team) {
         for (int spins = 0; spins < SPINS && atomic_load(&team->jobs) == seen && !atomic_load(&team->dismissed); spins++) PAUSE();
         pthread_mutex_lock(&team->lock);
         while (atomic_load(&team->jobs) == seen && !atomic_load(&team->dismissed)) pthread_cond_wait(&team->posted, &team->lock);
-        long number = atomic_load(&team->jobs), by_parts = atomic_load(&team->parts);
+        long number = atomic_load(&team->jobs), by_parts = atomic_load(&team->parts), members = team->members;
         pthread_mutex_unlock(&team->lock);
         if (atomic_load(&team->dismissed)) return; /* which happens between two jobs */
         seen = number;
         if (by_parts)
             take_parts(team, (uint64_t)number, rank);
         else {
-            work(&team->job, team, rank, team->members, rank);
-            meet(team);
+            work(&team->job, team, rank, members, rank);
+            meet(team, members);
         }
     }
 }
@@ -353,7 +353,7 @@ void fastcfg_denoise(const Job *job, Team *team, long expected) {
     for (long spins = 0; !by_parts && spins < 2 * SPINS && atomic_load(&team->helpers) < expected; spins++) spin(spins);
     pthread_mutex_lock(&team->lock);
     team->job = *job;
-    team->members = 1 + atomic_load(&team->helpers);
+    team->members = members = 1 + atomic_load(&team->helpers);
     atomic_store(&team->done, 0);
     atomic_store(&team->parts, by_parts ? parts : 0);
     uint64_t number = (uint64_t)(atomic_fetch_add(&team->jobs, 1) + 1);
@@ -364,8 +364,8 @@ void fastcfg_denoise(const Job *job, Team *team, long expected) {
         take_parts(team, number, 0);
         for (long spins = 0; atomic_load(&team->done) < parts; spins++) spin(spins);
     } else {
-        work(job, team, 0, team->members, 0);
-        meet(team);
+        work(job, team, 0, members, 0);
+        meet(team, members);
     }
 }
 

@@ -123,7 +123,7 @@ class LocalStore:
         locked = self._lock(FREEZING, fcntl.LOCK_EX)
         try:
             if locked:  # nobody else writes job.json now: what is half written is a killed run's
-                for path in self.root.glob(".*.tmp"):
+                for path in self.root.glob(".[!.]*.tmp"):
                     path.unlink(missing_ok=True)
             yield
         finally:

@@ -46,6 +46,7 @@ STOP_SECONDS = 60.0  # for what is computed to be written when a run is stopped
 CONNECT_SECONDS = 10.0
 WANTED = 'want host:port of its head, "auto" on one of its nodes, or "local" to start one here'
 TOKEN = ".ray-"  # what the name of a run's token begins with, the file by which workers know the job's folder
+_TOKENS = re.compile(r"\.?\.ray-([0-9]+)(\.[0-9a-f]+\.tmp)?")  # whole, or half written
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def _token(store: Store) -> Iterator[str | None]:
         yield None
         return
     for name in store.names():
-        if name.startswith(TOKEN) and store.claim(number := int(name.removeprefix(TOKEN))):
+        if (left := _TOKENS.fullmatch(name)) and store.claim(number := int(left[1])):
             (store.root / name).unlink(missing_ok=True)
             store.release(number)
     number = 2 * FREEZING + secrets.randbelow(FREEZING)
