@@ -1,4 +1,4 @@
-"""Speed of the cpu engine's operations on one core: one model row of DiT-S/2 at 256 px, the call that an engine makes."""
+"""Speed of the cpu engine's pieces on one core: one model row of DiT-S/2 at 256 px, the call that an engine makes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcfg.engines.cpu_dit import wide_dtype
-from fastcfg.engines.cpu_native import cpu_operations
+import fastcfg
+from fastcfg import Sampler
+from fastcfg.engines.cpu import CpuEngine
+from fastcfg.engines.cpu_dit import NativeLayer, in_one_call, wide_dtype
+from fastcfg.engines.cpu_native import cpu_operations, kernels
 from fastcfg.engines.cpu_ops import has_bf16, has_int8
+from fastcfg.engines.fused_dit import FusedDiT
 from fastcfg.engines.workers import one_thread
 
 T, D, HEADS = 256, 384, 6
 DTYPES = ["fp32", *["bf16"] * has_bf16(), *["int8"] * has_int8()]
-WIDE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": wide_dtype(torch.int8)}
+CPU = torch.device("cpu")
+KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+WIDE = {name: wide_dtype(kind) for name, kind in KINDS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +53,35 @@ def test_linear(benchmark: Any, K: int, N: int, options: dict[str, bool], dtype:
         index = torch.zeros(1, dtype=torch.int32)
         given |= {"residual": draw(1, T, N, dtype=wide), "table": draw(1, N), "index": index, "gate_column": 0}
     benchmark(operations.linear, draw(1, T, K, dtype=wide), *layer, **given)
+
+
+@pytest.mark.parametrize("tokens", [49, 256])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "bf16" and in_one_call(KINDS[dtype])])
+@pytest.mark.parametrize("whose", ["own", "onednn"])
+def test_products(benchmark: Any, whose: str, dtype: str, tokens: int) -> None:
+    """fc1 as the network in one call has it, and as one of oneDNN's operations."""
+    quantise, weight, bias, h = dtype == "int8", draw(4 * D, D) / D**0.5, draw(4 * D), draw(1, tokens, D)
+    if whose == "own":
+        benchmark(NativeLayer(kernels().library, weight, bias, quantise).products(h[0]))
+    else:
+        operations = cpu_operations(quantise)
+        layer = operations.pack(weight, bias, rows=tokens)
+        benchmark(operations.linear, h, *layer)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "bf16" and in_one_call(KINDS[dtype])])
+@pytest.mark.parametrize("how", ["one call", "operations"])
+def test_network(benchmark: Any, how: str, dtype: str) -> None:
+    """A forward of one row of the shipped model."""
+    made = Sampler(fastcfg.load("fashion-mnist"), steps=1, engine="cpu", dtype=dtype)
+    assert isinstance(made.engine, CpuEngine)
+    program = made.engine._program
+    if how == "operations":
+        program = FusedDiT(made.model, made.plan, cpu_operations(dtype == "int8"), CPU, torch.float32)
+    table = draw(1, program.table_width)
+    benchmark(
+        program.denoise, draw(1, program.config.tokens, program.config.hidden_size), table, torch.zeros(1, dtype=torch.int32)
+    )
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int8"])

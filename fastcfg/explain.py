@@ -211,7 +211,7 @@ def _ledger_lines(ledger: Ledger, steps: int) -> Iterator[str]:
     yield f"ceilings      {ledger.ceilings or 'none given: no floor times'}"
     yield ""
     # The cpu engine takes the batch through in pieces: its calls are those of one
-    launches = "calls a piece" if ledger.engine == "cpu" else "launches"
+    launches = "times a piece" if ledger.engine == "cpu" else "launches"
     yield _columns("a guided step" if guided else "a step", launches, ledger)
     step = ledger.guided or ledger.unguided
     for entry in step.entries:

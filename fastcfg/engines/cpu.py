@@ -191,15 +191,13 @@ class CpuEngine:
             notes.append("this CPU has no bf16 products")
         if not has_packed_products(torch.float32):
             notes.append("this torch has no oneDNN products on packed weights: torch's own are used")
-        if not (portable.active() or kernels().library):
-            notes.append(
-                f"between products torch's own operations are used, up to twice as slow in a small model: {kernels().why}"
-            )
+        if self.name == CpuEngine.name and not (portable.active() or kernels().library):
+            notes.append(f"torch's own operations are used, up to three times as slow in a small model: {kernels().why}")
         return tuple(notes)
 
     def _check_int8(self, model: Denoiser) -> None:
         del model
-        if not has_int8():
+        if not (in_one_call(torch.int8) or has_int8()):
             raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
 
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:

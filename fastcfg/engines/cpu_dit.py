@@ -1,8 +1,7 @@
-"""The fused program on a CPU with the whole network, from tokens to patches, in one call of `cpu_kernels.c`.
+"""The fused program on a CPU with the whole network, from tokens to its output, in one call of `cpu_network.c`.
 
 Operation by operation, two worker threads take turns at Python's lock between any two, and wait longer for it than a small
-product takes. Its products are its own, and cover what oneDNN's, reached through torch, lose on few rows: 49 tokens take half
-the time, in int8 a third. Wide layers in float32 are oneDNN's, by a tenth.
+product takes. Products are the library's own: on a few rows they are faster than oneDNN's are through torch.
 """
 
 from __future__ import annotations
