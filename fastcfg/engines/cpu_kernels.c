@@ -37,7 +37,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define BFLOAT16 1
 #define FLOAT64 2
 
@@ -50,12 +54,17 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 INLINE floats all(float value) { return value - (floats){0}; }
 INLINE int count(long left) { return left < LANES ? (int)left : LANES; }
 
-/* One move for a whole register. */
+/* One move for a whole register. Not by memcpy, which Clang would make one call with the other. */
+typedef float loose_floats __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef uint16_t loose_halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+
 INLINE void copy(void *to, const void *from, int n, size_t size) {
-    if (n == LANES)
-        memcpy(to, from, LANES * size);
-    else
+    if (n < LANES)
         memcpy(to, from, (size_t)n * size);
+    else if (size == 4)
+        *(loose_floats *)to = *(const loose_floats *)from;
+    else
+        *(loose_halves *)to = *(const loose_halves *)from;
 }
 
 /* Values start .. start + n of an array; zeros in the lanes after them. */

@@ -33,7 +33,7 @@ from fastcfg.jobs.worker import Outcome
 if not importlib.util.find_spec("ray"):
     pytest.skip("Ray is not installed: pip install 'fastcfg[ray]'", allow_module_level=True)
 
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture(scope="module")
