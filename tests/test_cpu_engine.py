@@ -378,6 +378,9 @@ def test_the_faster_precision_is_measured_once_and_remembered(memory: Path, ques
 def test_without_packed_products_torchs_own_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     want = sampler(model_of("head 64"))([0, 1], scale=2.0)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    if in_one_call(torch.int8):
+        sampler(model_of("head 64"), dtype="int8")
+    monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
     made = sampler(model_of("head 64"), dtype="auto")
     assert made.engine.dtype == torch.float32
     assert made.engine.notes[0] == "this CPU has no bf16 products"

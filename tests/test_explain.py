@@ -53,7 +53,7 @@ def test_text_holds_the_ledger_and_its_totals() -> None:
     text = str(told)
     assert "ceilings      a machine, measured: float32 1 TFLOP/s; 100 GB/s" in text
     rows = {line[:36].strip(): line[36:].split() for line in text.splitlines()}
-    assert rows["a guided step"] == ["calls", "a", "piece", "GFLOP", "MB", "floor", "ms"]
+    assert rows["a guided step"] == ["times", "a", "piece", "GFLOP", "MB", "floor", "ms"]
     assert rows["total"] == [str(ledger.guided.total.launches), *numbers(ledger.guided.total)]
     assert rows["a call of 4 steps"] == [str(ledger.call.launches), *numbers(ledger.call)]
     assert rows["linear 64 to 256, GELU"][0] == "2"

@@ -148,7 +148,7 @@ class CpuOperations:
             assert table is not None
             assert index is not None
             gate = Gate(residual, table, index, gate_column)
-        if self.quantise and not isinstance(weight, Tensor | _Packed):
+        if isinstance(weight, _Quantised):
             return self._int8(h, weight, bias, gelu, gate, out)
         y = self._product(h, weight, bias, gelu)
         return _into(out, y) if gate is None else self._gated(y, gate, out)
