@@ -1,7 +1,7 @@
 """The fused program on a CPU with the whole network, from tokens to its output, in one call of `cpu_network.c`.
 
 Operation by operation, two worker threads take turns at Python's lock between any two, and wait longer for it than a small
-product takes. Products are the library's own: on a few rows they are faster than oneDNN's are through torch.
+product takes. Products are the library's own, since torch's cannot be called from there.
 """
 
 from __future__ import annotations
