@@ -135,10 +135,6 @@ def test_what_is_measured_is_a_product(compiled: object, quantise: bool) -> None
 needs_library = pytest.mark.skipif(not in_one_call(torch.float32), reason="no network in one call here")
 
 
-def alone(program: NativeDiT, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    return program.denoise(tokens, table, index)
-
-
 @needs_library
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
 @pytest.mark.parametrize("threads", [2, 3, 5])
@@ -148,7 +144,7 @@ def test_a_team_computes_what_one_thread_does(name: str, threads: int, rows: int
     program, workers = program_of(random_model(**MODELS[name])), Workers(threads)
     tokens, table = _random(program, rows)
     index = torch.arange(rows, dtype=torch.int32)
-    want = alone(program, tokens, table, index)
+    want = program.denoise(tokens, table, index)
 
     def jobs(_: int) -> list[Tensor]:
         poison(program, rows, threads)
@@ -169,7 +165,7 @@ def test_helpers_come_late_or_not_at_all() -> None:
     program = program_of(random_model())
     tokens, table = _random(program, 2)
     index = torch.arange(2, dtype=torch.int32)
-    want = alone(program, tokens, table, index)
+    want = program.denoise(tokens, table, index)
     started: list[threading.Thread] = []
 
     class Late:

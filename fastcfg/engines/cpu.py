@@ -22,7 +22,7 @@ from fastcfg.engines.cpu_dit import NativeDiT, in_one_call, wide_dtype
 from fastcfg.engines.cpu_module import CpuModuleEngine
 from fastcfg.engines.cpu_native import cpu_operations, kernels
 from fastcfg.engines.cpu_ops import has_bf16, has_int8, has_packed_products
-from fastcfg.engines.fused_dit import FusedDiT, is_plain_dit
+from fastcfg.engines.fused_dit import Each, FusedDiT, is_plain_dit
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
@@ -54,7 +54,7 @@ class CpuEngine:
     """Runs `plan` on a DiT's weights, packed in `dtype`; changes of the module after that are noticed.
 
     dtype: float32, bfloat16, int8 (per-token activations and per-channel weights in the blocks' products; the rest in
-    bfloat16 where that is faster) or None: the faster of the first two, measured once a machine and remembered. workers:
+    `wide_dtype`) or None: the faster of the first two, measured once a machine and remembered. workers:
     threads, torch's number unless given. notes: what was chosen for this machine, and what it lacks. Runs of one process
     take turns, so any thread may call.
     """
@@ -97,15 +97,17 @@ class CpuEngine:
             def row(r: int) -> Tensor:
                 return program.denoise(program.embed(x[r : r + 1]), table, torch.tensor([r]))
 
-            each = partial(program.led, self._workers) if isinstance(program, NativeDiT) else self._workers.map
-            return torch.cat(each(row, range(len(x)))).float()
+            return torch.cat(list(self._each(program)(row, range(len(x))))).float()
 
     def run(self, request: Request) -> Tensor:
         with self._ready() as program:
             pieces = list(self._pieces(len(request.labels)))
-            if isinstance(program, NativeDiT):
-                return program.run(request, pieces, program.denoise, partial(program.led, self._workers))
-            return program.run(request, pieces, self._denoise, self._workers.map)
+            denoise = program.denoise if isinstance(program, NativeDiT) else self._denoise
+            return program.run(request, pieces, denoise, self._each(program))
+
+    def _each(self, program: FusedDiT) -> Each:
+        """How work is given to the workers: where the network is one call, those without any help the others with theirs."""
+        return partial(program.led, self._workers) if isinstance(program, NativeDiT) else self._workers.map
 
     @contextmanager
     def _ready(self) -> Iterator[FusedDiT]:

@@ -177,7 +177,7 @@ class NativeLayer:
     """
 
     def __init__(self, library: Any, weight: Tensor, bias: Tensor, quantise: bool):
-        self._library, self._quantise = library, quantise
+        self._library = library
         (N, K), columns = weight.shape, library.fastcfg_columns()
         filled, bias = -N % columns, bias.float().clone()
         if quantise:
@@ -187,9 +187,10 @@ class NativeLayer:
             self._tensors = [panels, -128 * whole.sum(1, dtype=torch.int32), scale, bias]
             self.structure = _Layer(*(tensor.data_ptr() for tensor in self._tensors), N, K)
         else:
-            panels = F.pad(weight.float(), (0, 0, 0, filled)).view(-1, columns, K).transpose(1, 2).clone()
-            self._tensors = [panels.contiguous(), bias]
-            self.structure = _Layer(self._tensors[0].data_ptr(), None, None, bias.data_ptr(), N, K)
+            padded = F.pad(weight.float(), (0, 0, 0, filled)).view(-1, columns, K)
+            panels = padded.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+            self._tensors = [panels, bias]
+            self.structure = _Layer(panels.data_ptr(), None, None, bias.data_ptr(), N, K)
 
     def products(self, h: Tensor) -> Callable[[], Tensor]:
         """What makes the layer's products alone for h, float32 [M, K], for measuring: in scratch memory, with more columns, and

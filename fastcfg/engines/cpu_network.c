@@ -82,6 +82,7 @@ static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, lon
     else
         any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk > 0);
 }
+
 /* So many tiles share a panel, and their results the innermost caches; more where a layer's weight has to come from memory. */
 INLINE long block_of(const Layer *layer) { return layer->N * layer->K > 1 << 17 ? 32 : 4; }
 

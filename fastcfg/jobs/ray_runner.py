@@ -46,7 +46,7 @@ STOP_SECONDS = 60.0  # for what is computed to be written when a run is stopped
 CONNECT_SECONDS = 10.0
 WANTED = 'want host:port of its head, "auto" on one of its nodes, or "local" to start one here'
 TOKEN = ".ray-"  # what the name of a run's token begins with, the file by which workers know the job's folder
-_TOKENS = re.compile(r"\.?\.ray-([0-9]+)(\.[0-9a-f]+\.tmp)?")  # whole, or half written
+_TOKENS = re.compile(rf"\.?{re.escape(TOKEN)}([0-9]+)(\.[0-9a-f]+\.tmp)?")  # whole, or half written
 
 
 @dataclass(frozen=True)
