@@ -30,6 +30,7 @@ from typing import Any
 
 LIMIT = 120.0  # seconds in which a run must get further
 WHOLE = 3600.0  # and those in which one must end that is not killed, in the long form
+MOST = 5  # units that a run may write while it waits for its kill
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def kill_until_done(
     """Runs `command`, which writes a job to `out`, and kills `kills` of the runs; one more must end within `last` seconds.
 
     Two in five are killed within `early` seconds: while they start, make the job's files or compute their first unit. The
-    others within `late` seconds after one to three units of theirs appeared. on_kill(kill) is called after each.
+    others within `late` seconds after one to three units of theirs appeared; and any, should the machine be faster than it was,
+    before it has written `MOST` more. on_kill(kill) is called after each.
     """
     killed: list[Kill] = []
     while len(killed) < kills:
@@ -225,7 +227,9 @@ def kill_until_done(
         while _count(out) < before + want and run.poll() is None:
             assert time.monotonic() < begin + LIMIT, f"no unit in {LIMIT:g} s"
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, early if want == 0 else late))
+        moment = time.monotonic() + draw.uniform(0, early if want == 0 else late)
+        while time.monotonic() < moment and _count(out) < before + want + MOST:
+            time.sleep(0.002)
         run.send(signal.SIGKILL)
         code = run.wait()
         assert code == -signal.SIGKILL, f"the run ended by itself ({code}) after {len(killed)} kills: it needs more units"
