@@ -143,6 +143,17 @@ def test_timestep_features_are_cos_then_sin() -> None:
             assert features[n, 128 + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
 
 
+def test_a_module_is_made_on_the_default_device_and_its_tables_stay_usable() -> None:
+    timestep_frequencies.cache_clear()
+    with torch.device("meta"), torch.inference_mode():
+        module = DiT(**TINY)
+        assert module(torch.empty(1, 4, 8, 8), torch.empty(1), torch.empty(1, dtype=torch.int64)).is_meta
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    table = timestep_frequencies(0)
+    assert (table.device.type, table.is_inference(), table[0].item()) == ("cpu", False, 1.0)
+    assert timestep_frequencies(0, torch.device("meta")) is timestep_frequencies(0, torch.device("meta"))  # no copy a call
+
+
 def test_frequencies_of_diffusers() -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     # At t = 1 and phase pi / 2 the embedding is cos(frequency); small angles come from the sine.
@@ -163,7 +174,7 @@ def misfit(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor]
     module.load_state_dict(golden.model.module.state_dict())
 
     def of(table: Tensor) -> float:
-        monkeypatch.setattr(dit, "timestep_frequencies", lambda _: table)
+        monkeypatch.setattr(dit, "timestep_frequencies", lambda *_: table)
         return (forwards(module, golden, torch.float64) - official(golden)).square().mean().sqrt().item()
 
     return of

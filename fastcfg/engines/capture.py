@@ -10,6 +10,7 @@ graphs, of a few microseconds each, but be captured anew for every pattern of gu
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
@@ -66,6 +67,34 @@ class Lane:
                     yield caller
             finally:
                 caller.wait_stream(self.stream)
+
+    def recover(self) -> None:
+        """Makes captures possible again after one that failed, with memory of their own.
+
+        Up to torch 2.11 a failed capture leaves its pool open, with which no other may begin (pytorch/pytorch#180395), and the
+        device's generator expecting to be captured: a capture that succeeds sets it right.
+        """
+        assert self.pool is not None
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+        with contextlib.suppress(RuntimeError), capturing(torch.cuda.CUDAGraph(), self):
+            torch.zeros(1, device=self.device)
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, lane: Lane) -> Iterator[None]:
+    """Captures into `graph` on the lane's stream and in its memory."""
+    # Only this thread is held to what a capture allows: others may allocate and synchronise meanwhile. Nor may the collector
+    # run in it, which could destroy some other graph, and that is not allowed either
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 _lanes: dict[torch.device, Lane] = {}
@@ -130,11 +159,11 @@ class StepGraphs:
     def _capture(self, step: Step, flag: bool, length: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Only this thread is held to what a capture allows: others may allocate and synchronise meanwhile
-            with torch.cuda.graph(graph, pool=self.lane.pool, stream=self.lane.stream, capture_error_mode="thread_local"):
+            with capturing(graph, self.lane):
                 for _ in range(length):
                     step(flag)
-        except RuntimeError as error:
+        except Exception as error:
+            self.lane.recover()
             raise Error(
                 f"a sampling step could not be captured in a CUDA graph: {_first_cause(error)}. Use engine='reference' for a "
                 "model that synchronises or copies to the host in its forward"

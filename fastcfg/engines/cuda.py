@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fastcfg.engines.capture import Lane, StepGraphs, lane_of
 from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import gpu_of, interpreted
+from fastcfg.kernels._launch import cdiv, gpu_of, interpreted
 from fastcfg.kernels._step import step_table
 from fastcfg.kernels.adaln import adaln
 from fastcfg.kernels.attention import MAX_HEAD_DIM, attention
@@ -67,7 +67,8 @@ class CudaEngine:
         self.dtype = _dtype(dtype, model, self.device, fused=obstacle is None)
         self._lane = lane_of(self.device)
         self._loops: dict[int, Loop] = {}
-        self._weights = _DiTWeights(self) if obstacle is None else _ModuleWeights(self)
+        made_for = _MadeFor(model, plan, self.device, self.dtype, self._lane)
+        self._weights = _DiTWeights(made_for) if obstacle is None else _ModuleWeights(made_for)
 
     def refresh(self) -> None:
         """Copies the weights anew into the buffers that graphs read, so that nothing is captured again."""
@@ -133,9 +134,11 @@ class TritonOperations:
 class Samples:
     """Static buffers for what a request says of B rows, and for what a step makes of them.
 
-    x, x0_prev: float32 [B, C, H, W]. scale: float32 [steps, B]. counters: int64 [2, B], seeds and indices. at: int32 [3B],
-    each row's step, and its rows of the hoisted table (conditional, null) where there is one; a step counts all of it up.
-    noise: float32 [steps, B, C, H, W], made when a request first brings some. coefficients: see `step_table`.
+    x, x0_prev: float32 [B, C, H, W]. scale: float32 [steps, B]. seeds, indices: int64 [B]. step: int32 [B]. places: int32
+    [2B], where there is a hoisted table each row's rows of it (conditional, null); a step counts both of them up. noise:
+    float32 [steps, B, C, H, W], made when a request first brings some. coefficients: see `step_table`.
+
+    Each begins at a multiple of 16 bytes, whatever B: Triton compiles a kernel anew for an address that does not.
     """
 
     def __init__(self, model: Denoiser, plan: Plan, batch: int, device: torch.device):
@@ -143,8 +146,9 @@ class Samples:
         self.x = torch.empty(batch, *model.shape, device=device)
         self.x0_prev = torch.empty_like(self.x) if plan.needs_history else None
         self.scale = torch.empty(plan.steps, batch, device=device)
-        self.counters = torch.empty(2, batch, dtype=torch.int64, device=device)
-        self.at = torch.empty(3 * batch, dtype=torch.int32, device=device)
+        self.seeds, self.indices = torch.empty(2, batch + batch % 2, dtype=torch.int64, device=device)[:, :batch]
+        self.at = torch.empty(cdiv(batch, 4) * 4 + 2 * batch, dtype=torch.int32, device=device)
+        self.step, self.places = self.at[:batch], self.at[-2 * batch :]
         self.coefficients = step_table(plan).to(device)
         self.noise_given = False
         self._options = {"channels": plan.guidance.channels, "clip": plan.clip, "learned": plan.learned_variance}
@@ -153,18 +157,13 @@ class Samples:
     def noise(self) -> Tensor:
         return torch.empty(self.plan.steps, *self.x.shape, device=self.x.device)
 
-    @property
-    def step(self) -> Tensor:
-        """Each row's step, int32 [B]."""
-        return self.at[: self.batch]
-
     def load(self, request: Request) -> None:
         """Takes over a request's scales, counters and noise, and draws x where it is not given."""
-        counters = np.stack([np.asarray(request.seeds), np.asarray(request.indices)])
-        self._copy(self.counters, torch.from_numpy(counters))
+        self._copy(self.seeds, torch.from_numpy(np.asarray(request.seeds)))
+        self._copy(self.indices, torch.from_numpy(np.asarray(request.indices)))
         self._copy(self.scale, request.scale)
         if request.x_T is None:
-            noise(*self.counters, INITIAL_STEP, out=self.x, scale=self.plan.init_scale)
+            noise(self.seeds, self.indices, INITIAL_STEP, out=self.x, scale=self.plan.init_scale)
         else:
             self.x.copy_(request.x_T).mul_(self.plan.init_scale)
         self.noise_given = request.noise is not None and self.plan.needs_noise
@@ -174,13 +173,13 @@ class Samples:
 
     def start(self, step: int, places: Tensor) -> None:
         """Sets the counters: all rows are at `step`, and their rows of the table are `places`, [2B] on the host."""
-        at = torch.cat([torch.full((self.batch,), step), places])
+        at = torch.cat([torch.full((len(self.at) - len(places),), step), places])
         self._copy(self.at, at.to(torch.int32))
 
     def update(self) -> dict[str, Any]:
         """What `guided_step` and `step_boundary` are told beyond the model's output; x is updated in place."""
         drawn = self.plan.needs_noise and not self.noise_given
-        seeds, indices = self.counters if drawn else (None, None)
+        seeds, indices = (self.seeds, self.indices) if drawn else (None, None)
         noise = self.noise if self.noise_given else None
         given = {"x0_prev": self.x0_prev, "noise": noise, "seeds": seeds, "indices": indices}
         return {
@@ -239,7 +238,7 @@ class DiTLoop:
 
     def step(self, guided: bool) -> None:
         program, samples, B = self.program, self.samples, self.samples.batch
-        index = samples.at[B : 3 * B] if guided else samples.at[B : 2 * B]
+        index = samples.places if guided else samples.places[:B]
         h = program.trunk(self.tokens, self.table, index, self.buffers)
         if self.whole_end:
             weight, bias, position = program.embedding
@@ -295,20 +294,30 @@ class ModuleLoop:
     def step(self, guided: bool) -> None:
         samples, rescale = self.samples, self.samples.plan.guidance.rescale
         rows = 2 * samples.batch if guided else samples.batch
-        # All of `at` counts steps here, so its first 2B are the steps of both halves
-        torch.index_select(self.times, 0, samples.at[:rows], out=self.t[:rows])
+        # There is no table, and places count steps too
+        torch.index_select(self.times, 0, samples.places[:rows], out=self.t[:rows])
         model_out = call_module(self.module, self.input[:rows], self.t[:rows], self.y[:rows]).contiguous()
         moments = self.moments if rescale else None
         guided_step(model_out, rescale=rescale, moments=moments, model_input=self.input, **samples.update())
         samples.at.add_(1)
 
 
+class _MadeFor(NamedTuple):
+    """What an engine's weights are kept for; not the engine itself, whose memory a cycle would hold until it is collected."""
+
+    model: Denoiser
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    lane: Lane
+
+
 class _DiTWeights:
     """A DiT's weights, packed."""
 
-    def __init__(self, engine: CudaEngine):
-        self._engine, self._module = engine, engine.model.module
-        with _own_mode(), engine._lane.turn():
+    def __init__(self, made_for: _MadeFor):
+        self._made_for, self._module = made_for, made_for.model.module
+        with _own_mode(), made_for.lane.turn():
             self._program = self._pack()
         self._fingerprint = fingerprint(self._module)
 
@@ -329,21 +338,21 @@ class _DiTWeights:
 
     def loop(self, samples: Samples, request: Request) -> Loop:
         del request
-        return DiTLoop(self._program, samples, self._engine._lane)
+        return DiTLoop(self._program, samples, self._made_for.lane)
 
     def _pack(self) -> FusedDiT:
-        engine = self._engine
-        return FusedDiT(engine.model, engine.plan, TritonOperations(), engine.device, engine.dtype)
+        model, plan, device, dtype, _ = self._made_for
+        return FusedDiT(model, plan, TritonOperations(), device, dtype)
 
 
 class _ModuleWeights:
     """Any other module: itself where it has the device and dtype asked for, else a converted copy."""
 
-    def __init__(self, engine: CudaEngine):
-        self._engine, self._source = engine, engine.model.module
-        self._converted = engine.model.device != engine.device or engine.model.dtype != engine.dtype
-        copied = copy.deepcopy(self._source).to(engine.device, engine.dtype) if self._converted else self._source
-        self._module = copied
+    def __init__(self, made_for: _MadeFor):
+        model, _, device, dtype, _ = self._made_for = made_for
+        self._source = model.module
+        self._converted = model.device != device or model.dtype != dtype
+        self._module = copy.deepcopy(self._source).to(device, dtype) if self._converted else self._source
         self._fingerprint = fingerprint(self._source)
 
     def check(self) -> None:
@@ -362,13 +371,13 @@ class _ModuleWeights:
         return self._converted
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return call_module(self._module, x.to(self._engine.dtype), t, self._labels(y))
+        return call_module(self._module, x.to(self._made_for.dtype), t, self._labels(y))
 
     def loop(self, samples: Samples, request: Request) -> Loop:
-        return ModuleLoop(self._module, self._engine.model, samples, request.labels, self._engine._lane)
+        return ModuleLoop(self._module, self._made_for.model, samples, request.labels, self._made_for.lane)
 
     def _labels(self, y: Tensor) -> Tensor:
-        return y.to(self._engine.dtype) if y.is_floating_point() else y
+        return y.to(self._made_for.dtype) if y.is_floating_point() else y
 
 
 @contextmanager

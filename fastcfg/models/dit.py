@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastcfg.errors import Error
 
+CPU = torch.device("cpu")
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features in every official DiT
 
 
@@ -138,8 +139,9 @@ class SiLU(nn.Module):
 
 
 @lru_cache
-def timestep_frequencies(shift: int) -> Tensor:
-    """10000^(-i / (128 - shift)) for i = 0..127, float32, the same on every machine.
+def timestep_frequencies(shift: int, device: torch.device = CPU) -> Tensor:
+    """10000^(-i / (128 - shift)) for i = 0..127, float32, the same on every machine; kept on each device, since a copy in every
+    forward would wait for the device, which CUDA graphs do not allow.
 
     The angles are t times these, so one ulp of a frequency moves an angle by up to 6e-5: more than the rest of a float32
     forward. torch.exp rounds some entries differently from one processor to the next (and the official code takes its
@@ -147,11 +149,14 @@ def timestep_frequencies(shift: int) -> Tensor:
     rounded once. Entry 13 of the official table is one ulp above that: so it is in the official outputs that
     `tests/golden` holds, and `tests/test_dit.py` shows that no other single change fits them better.
     """
+    if device != CPU:
+        return timestep_frequencies(shift).to(device)
     half = FREQUENCY_DIM // 2
-    exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32) / (half - shift)
-    table = torch.exp(exponent.double()).float()
-    if shift == 0:
-        table[13] = torch.nextafter(table[13], torch.tensor(1.0))
+    with torch.inference_mode(False), CPU:  # whatever the mode and default device of whoever asks first
+        exponent = -math.log(10000.0) * torch.arange(half, dtype=torch.float32) / (half - shift)
+        table = torch.exp(exponent.double()).float()
+        if shift == 0:
+            table[13] = torch.nextafter(table[13], torch.tensor(1.0))
     return table
 
 
@@ -165,7 +170,7 @@ class TimestepEmbedder(nn.Module):
 
     def features(self, t: Tensor) -> Tensor:
         """[cos, sin] of t at falling frequencies, float32 [N, 256]."""
-        angles = t[:, None].float() * timestep_frequencies(self.frequency_shift).to(t.device)[None]
+        angles = t[:, None].float() * timestep_frequencies(self.frequency_shift, t.device)[None]
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -329,4 +334,4 @@ def position_embedding(width: int, side: int) -> Tensor:
     column, row = np.meshgrid(np.arange(side, dtype=np.float64), np.arange(side, dtype=np.float64))
     angles = [np.outer(axis.reshape(-1), omega) for axis in (column, row)]
     table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
-    return torch.from_numpy(table).float()
+    return torch.tensor(table, dtype=torch.float32)  # on the default device, as all else of a module

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import weakref
 from itertools import groupby
 
 import pytest
@@ -198,6 +201,66 @@ def test_the_callers_random_state_is_left_alone():
     before = torch.get_rng_state()
     one([1, 2], 3.0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def lane(monkeypatch):
+    """A lane whose captures only fill their graph, a list, with what is launched in them; `lane.closed` lists pools that were
+    closed by hand."""
+    made = Lane(CPU)
+    handles = iter(range(10))
+
+    @contextlib.contextmanager
+    def graph(into, **options):
+        assert not gc.isenabled()
+        into.append(options["pool"])
+        yield
+
+    made.closed = []
+    for name, stand_in in (("CUDAGraph", list), ("graph", graph), ("graph_pool_handle", lambda: next(handles))):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: made.closed.append(pool), raising=False)
+    made.stream, made.pool = object(), torch.cuda.graph_pool_handle()
+    return made
+
+
+def test_after_a_failed_capture_others_are_made_in_a_pool_of_their_own(lane):
+    graphs = StepGraphs(lane)
+
+    def fails(_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert graphs._capture(lambda _: None, True, 1) == [0]
+    with pytest.raises(fastcfg.Error, match=r"not permitted when stream is capturing\. Use engine='reference'"):
+        graphs._capture(fails, True, 1)
+    assert (lane.closed, lane.pool, gc.isenabled()) == ([0], 1, True)
+    assert graphs._capture(lambda _: None, True, 1) == [1]
+
+
+def test_a_sampler_that_is_dropped_gives_its_memory_back_at_once():
+    for make in (lambda: sampler(random_dit(depth=1), steps=2), lambda: foreign_sampler(steps=2)):
+        one = make()
+        one([1, 2], 3.0)
+        held = weakref.ref(only_loop(one).samples)
+        gc.disable()
+        try:
+            del one
+            assert held() is None
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_what_a_launch_reads_is_aligned_for_every_batch(batch):
+    """Triton compiles a kernel again for an address that no 16 divides."""
+    one = sampler(random_dit(depth=1), steps=2, batch=batch, eta=0.5)
+    one([1] * batch, 3.0)
+    for guided in (True, False):
+        for kernel, arguments in lint(lambda guided=guided: only_loop(one).step(guided)):
+            given = dict(arguments)
+            names = set(given) & {"index", "step", "seeds", "indices", "x", "coef", "scale", "tokens", "out"}
+            assert names, kernel
+            assert all(given[name] % 16 == 0 for name in names if isinstance(given[name], int)), (kernel, given)
 
 
 def test_a_failed_capture_names_its_first_cause():
