@@ -95,7 +95,7 @@ class Sampler:
         self._gradient: ClassifierGradient | None = None
         if classifier_guidance is not None:
             self._gradient = ClassifierGradient(classifier_guidance.classifier, self.model, self.plan, self.engine.device)
-        self.last_seconds: float | None = None  # wall time of the last batch, for explain()
+        self._watch: _Stopwatch | None = None
 
     def __call__(
         self,
@@ -185,10 +185,16 @@ class Sampler:
         if self._gradient is not None:
             self._gradient.refresh()
 
+    @property
+    def last_seconds(self) -> float | None:
+        """What the last batch took; a GPU that is still at it is waited for. None before the first."""
+        return None if self._watch is None else self._watch.seconds
+
     def _run(self, request: Request) -> Tensor:
-        begin = time.perf_counter()
+        watch = _Stopwatch(self.engine.device)
         samples = self.engine.run(request)
-        self.last_seconds = time.perf_counter() - begin
+        watch.stop()
+        self._watch = watch
         return samples
 
     def _labels(self, labels: Any) -> Tensor:
@@ -244,6 +250,27 @@ class Sampler:
                 raise Error(f"{name} must be a floating-point tensor {list(want)}, got {type(value).__name__}")
             if tuple(value.shape) != want:
                 raise Error(f"{name} must be {list(want)}, got {list(value.shape)}")
+
+
+class _Stopwatch:
+    """Times what a device is given between this and `stop`. The host runs ahead of a GPU, which `seconds` waits for."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._begin = self._end = self._now()
+
+    def stop(self) -> None:
+        self._end = self._now()
+
+    @property
+    def seconds(self) -> float:
+        if self._stream is None:
+            return self._end - self._begin
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
+
+    def _now(self) -> Any:
+        return time.perf_counter() if self._stream is None else self._stream.record_event(torch.cuda.Event(enable_timing=True))
 
 
 def _check_base(asked: ClassifierGuidance, model: Denoiser, guidance: Guidance) -> None:

@@ -490,6 +490,35 @@ def test_explain_counts_a_linear_module_by_hand():
     assert told.to_json()["flops"] == told.flops
 
 
+def test_on_a_gpu_a_batch_takes_as_long_as_the_device_does(monkeypatch):
+    """The host only enqueues: the time is one between two events on the caller's stream, read when it is asked for."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def synchronize(self):
+            done.append(self)
+
+        def elapsed_time(self, last):
+            assert done == [last]
+            return 2500.0
+
+    class Stream:
+        def record_event(self, event):
+            return event
+
+    sampler = sampler_of(small_dit(), batch=1)
+    samples = sampler([0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    sampler.engine = SimpleNamespace(device=torch.device("cuda", 0), run=lambda request: samples)
+    sampler([0])
+    assert not done
+    assert sampler.last_seconds == 2.5
+
+
 def dit_flops(tokens, width, depth, mlp_width, patch_values, out_values):
     """Multiply-adds of one row by hand, counted as two operations; the conditioning's products are one row each."""
     block = tokens * width * (3 * width + width + 2 * mlp_width) + 2 * tokens * tokens * width + 6 * width * width
