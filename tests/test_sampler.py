@@ -462,6 +462,14 @@ def test_bad_samplers_are_refused(model, settings, says):
         sampler_of(model, **settings)
 
 
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = DiT(input_size=4, hidden_size=32, depth=1, num_heads=2).eval()
+    for engine in ("reference", "cpu"):
+        with pytest.raises(Error, match="weights are on the meta device"):
+            sampler_of(model, engine=engine)
+
+
 class OneLinear(nn.Module):
     """One product a row: 12 values to 12."""
 
@@ -536,7 +544,7 @@ def test_explain_counts_dit_xl_2_as_published():
     """118.64 Gflops in the DiT paper's table 9, which counts a multiply-add once; no weight is ever allocated."""
     with torch.device("meta"):
         model = DiT.from_name("DiT-XL/2").eval()
-    sampler = sampler_of(Denoiser(model, (4, 32, 32), 1000, 1000, learned_variance=True), steps=250, batch=1)
+    sampler = sampler_of(Denoiser(model, (4, 32, 32), 1000, 1000, learned_variance=True), steps=250, batch=1, device="meta")
     told = sampler.explain()
     assert told.flops_per_row == dit_flops(256, 1152, 28, 4608, 16, 32)
     assert told.flops_per_row / 2e9 == pytest.approx(118.64, rel=1e-3)

@@ -56,6 +56,8 @@ def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str)
     if dtype != "auto" and dtype not in DTYPES:
         raise Error(f"unknown dtype {dtype!r}: known are auto, {', '.join(DTYPES)}")
     where = find_device("cpu" if name in ON_CPU and device == "auto" else device)
+    if model.device.type == "meta" != where.type:
+        raise Error(f"the model's weights are on the meta device, which holds no values: load them before sampling on {where}")
     kind = _best(model, where, dtype) if name == "auto" else name
     return ENGINES[kind](model, plan, where, None if dtype == "auto" else DTYPES[dtype])
 
