@@ -18,11 +18,13 @@ from fastcfg.kernels.linear import linear, linear_cost, linear_ref
 from fastcfg.kernels.noise import noise, noise_cost, noise_ref
 from fastcfg.kernels.patch_embed import patch_embed, patch_embed_cost, patch_embed_ref
 from fastcfg.kernels.step_boundary import step_boundary, step_boundary_cost, step_boundary_ref
+from fastcfg.kernels.tuned import Config
 from fastcfg.models.dit import DiTConfig
 from fastcfg.plan import make_plan
 from fastcfg.schedules import linear as linear_schedule
 
 STEPS = 4
+WRITTEN = ("tokens",)  # what kernels write beside `out`
 
 
 @dataclass
@@ -39,17 +41,29 @@ class Case:
     cost: Cost
     product: bool = False
 
-    def run(self) -> Tensor:
-        return self.kernel(**self.given, **self.options, out=self.out)
+    def run(self, config: Config | None = None) -> Tensor:
+        return self.kernel(**self.given, **self.options, out=self.out, config=config)
 
-    def exact(self) -> Tensor:
-        """The definition in float64."""
-        wide = {name: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in self.given.items()}
-        return self.definition(**wide, **self.options, out=torch.empty_like(self.out, dtype=torch.float64))
+    def outputs(self, config: Config | None = None) -> list[Tensor]:
+        """All that the kernel writes, NaN where it does not."""
+        written = [self.out, *(self.given[name] for name in WRITTEN if name in self.given)]
+        for tensor in written:
+            tensor.fill_(float("nan"))
+        self.run(config)
+        return [tensor.clone() for tensor in written]
 
-    def low(self) -> Tensor:
-        """The definition by torch in the kernel's own precision."""
-        return self.definition(**self.given, **self.options, out=torch.empty_like(self.out))
+    def exact(self) -> list[Tensor]:
+        """`outputs` of the definition in float64."""
+        return self._defined(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+    def low(self) -> list[Tensor]:
+        """`outputs` of the definition by torch in the kernel's own precision."""
+        return self._defined(torch.clone)
+
+    def _defined(self, form: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        given = {name: form(value) if isinstance(value, Tensor) else value for name, value in self.given.items()}
+        out = self.definition(**given, **self.options, out=torch.empty_like(form(self.out)))
+        return [out, *(given[name] for name in WRITTEN if name in given)]
 
 
 def cases(config: DiTConfig, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gc
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,23 +19,28 @@ import triton
 
 from fastcfg.files import slug
 
+MACHINE = ("gpu", "driver", "torch", "triton", "python", "commit", "date")
 COLUMNS = (
-    "section", "name", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "value", "unit", "fraction",
-    "gpu", "driver", "torch", "triton", "python", "commit",
+    "section", "name", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "value", "unit", "fraction", *MACHINE,
 )  # fmt: skip
+UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12}
 FLUSH_BYTES = 256 * 2**20  # written between calls: more than any L2 holds
 Times = tuple[float, float, float]  # 20th, 50th and 80th percentile in ms
 
 
 @dataclass
 class Session:
-    """Where a session runs and what it has found: `ceilings` in bytes/s ("copy") and FLOP/s ("product")."""
+    """Where a session runs and what it has found: `ceilings` in bytes/s ("copy") and FLOP/s ("product"), at first those that
+    the report keeps."""
 
     device: torch.device
     dry: bool
     report: Report
-    ceilings: dict[str, float]
     deadline: float = 0.0
+
+    def __post_init__(self) -> None:
+        kept = [row for row in self.report.kept if row["section"] == "ceilings" and row["unit"] in UNITS]
+        self.ceilings = {row["name"]: float(row["value"]) * UNITS[row["unit"]] for row in kept}
 
     def begin(self, seconds: float) -> None:
         """Starts a section of this length."""
@@ -45,16 +52,19 @@ class Session:
 
 
 class Report:
-    """Writes rows as they come, to the file and to stdout."""
+    """Writes rows as they come, to the file and to stdout. kept: those of sections that are not run now, which stay."""
 
-    def __init__(self, folder: Path, device: torch.device):
+    def __init__(self, folder: Path, device: torch.device, sections: Sequence[str]):
         self.section = ""
         self.machine = _machine(device)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{slug(self.machine['gpu'])}.csv"
+        self.kept = [row for row in rows_of(self.path) if row["section"] not in sections]
         self._file: IO[str] = self.path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer = csv.DictWriter(self._file, COLUMNS, extrasaction="ignore")
         self._writer.writeheader()
+        self._writer.writerows(self.kept)
+        self._file.flush()
 
     def row(
         self,
@@ -80,6 +90,23 @@ class Report:
         self._file.close()
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """A report's rows; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_lost(path: Path, section: str, why: str) -> None:
+    """Adds a row for a section whose process is gone, on the machine of the rows before."""
+    before = rows_of(path)
+    row = {"section": section, "name": section, "value": why, "unit": "error"} | {name: before[-1][name] for name in MACHINE}
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(row)
+    print(f"{section}: {why}", flush=True)
+
+
 def short(dtype: torch.dtype | None) -> str:
     return "" if dtype is None else str(dtype).removeprefix("torch.")
 
@@ -96,8 +123,12 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     call()
     sync(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    gc.disable()  # it might destroy another graph, which a capture does not allow
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        gc.enable()
     return graph.replay
 
 
@@ -149,12 +180,20 @@ def _machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
-def _first_line(*command: str) -> str:
+def _commit() -> str:
+    """HEAD, marked where files that it has were changed: results aside, which this writes."""
+    here = ("git", "-C", str(Path(__file__).parents[2]))
+    edits = _first_line(*here, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", none="")
+    return _first_line(*here, "rev-parse", "HEAD") + (", changed" if edits else "")
+
+
+def _first_line(*command: str, none: str = "unknown") -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
+        return none

@@ -137,7 +137,7 @@ def _tune(session: Session, launch: Launch) -> Entry | None:
 def _sound(session: Session, launch: Launch) -> list[Config]:
     """The default, and those that compile as they should and compute what it does; a row says why each other is struck."""
     default, *others = launch.tiles  # what the compilers hold against the default is a matter for `kernels check`
-    wanted = [outputs(case, default) for case in launch.cases.values()]
+    wanted = [case.outputs(default) for case in launch.cases.values()]
     sound = [default]
     for tile, faults in zip(others, launch.faults[1:], strict=True):
         fault = _verdict(session, faults) or _difference(launch, tile, wanted)
@@ -160,7 +160,7 @@ def _difference(launch: Launch, tile: Config, wanted: Sequence[Sequence[Tensor]]
     allowed = max(2 * torch.finfo(getattr(torch, launch.key.dtype)).eps, 1e-5)
     try:
         for case, of_default in zip(launch.cases.values(), wanted, strict=True):
-            for got, want in zip(outputs(case, tile), of_default, strict=True):
+            for got, want in zip(case.outputs(tile), of_default, strict=True):
                 off = float((got.double() - want.double()).abs().max() / want.double().abs().max())
                 if not off <= allowed:  # NaN is not
                     return f"off by {off:.2g} of the largest value on {case.shape}"
@@ -169,24 +169,11 @@ def _difference(launch: Launch, tile: Config, wanted: Sequence[Sequence[Tensor]]
     return ""
 
 
-def outputs(case: Case, config: Config) -> list[Tensor]:
-    """All that a case's kernel writes, NaN where it does not."""
-    written = [case.out, *(case.given[name] for name in ("tokens",) if name in case.given)]
-    for tensor in written:
-        tensor.fill_(float("nan"))
-    _run(case, config)
-    return [tensor.clone() for tensor in written]
-
-
-def _run(case: Case, config: Config) -> Tensor:
-    return case.kernel(**case.given, **case.options, out=case.out, config=config)
-
-
 def _times(session: Session, launch: Launch, tiles: Sequence[Config]) -> list[tuple[Times, ...]]:
     """For each configuration, its times at the batches."""
     of_batches = []
     for case in launch.cases.values():
-        calls = [captured(partial(_run, case, tile), session.device) for tile in tiles]
+        calls = [captured(partial(case.run, tile), session.device) for tile in tiles]
         of_batches.append(interleaved(calls, session.device, seconds=0.5, most=100))
     return list(zip(*of_batches, strict=True))
 

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,14 @@ from interpreted import randn
 from fastcfg.kernels import attention as attention_module
 from fastcfg.kernels import tuned
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from gpu.report import add_lost
+from gpu.supervise import supervise
+
 SESSION = Path(__file__).parents[2] / "benchmarks" / "gpu_session.py"
 SECTIONS = (
-    "correctness", "golden", "invariance", "graphs", "ceilings", "kernels", "fused", "eager", "diffusers", "spans",
-    "tune", "compiled",
+    "correctness", "golden", "network", "invariance", "graphs", "ceilings", "kernels", "fused", "eager", "compiled",
+    "diffusers", "spans", "tune",
 )  # fmt: skip
 
 
@@ -76,7 +81,7 @@ def test_the_tuned_table_says_where_it_was_measured_and_is_used(dry_run, monkeyp
 def test_a_section_that_fails_is_a_row_and_the_others_go_on(tmp_path):
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['session', '--dry-run', '--out', {str(tmp_path)!r}, '--sections', 'ceilings', 'eager']\n"
+        f"sys.argv = ['session', '--dry-run', '--here', '99', '--out', {str(tmp_path)!r}, '--sections', 'ceilings', 'eager']\n"
         f"sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]\n"
         "from gpu import speed\n"
         "def broken(session): raise ValueError('planted')\n"
@@ -88,6 +93,111 @@ def test_a_section_that_fails_is_a_row_and_the_others_go_on(tmp_path):
     assert done.returncode == 1
     assert [row["value"] for row in rows if row["unit"] == "error"] == ["ValueError: planted"]
     assert any(row["name"] == "torch eager" for row in rows)
+
+
+def test_rows_of_sections_that_are_not_run_stay_and_their_ceilings_are_used(tmp_path):
+    def ran(*names):
+        assert run("--dry-run", "--here", "99", "--out", str(tmp_path), "--sections", *names).returncode == 0
+        return list(csv.DictReader((tmp_path / "dry-run.csv").open()))
+
+    first = ran("ceilings", "eager")
+    then = ran("eager", "fused")
+    kept = [row for row in first if row["section"] == "ceilings"]
+    assert then[: len(kept)] == kept
+    assert [row["section"] for row in then[len(kept) :]] == ["eager"] * 2 + ["fused"] * 2
+    fused = next(row for row in then if row["name"] == "fastcfg")
+    assert float(fused["fraction"]) > 0  # of the product's rate in the first run
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {benchmarks!r})
+from pathlib import Path
+from gpu.supervise import LOST, begin
+for name in {sections!r}:
+    begin(name, 0.2, Path("the report"))
+    print(name, flush=True)
+    if name == "hangs":
+        time.sleep(60)
+    if name == "faults":
+        sys.exit(LOST)
+    if name == "dies":
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "leaves-others":
+        import subprocess
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+"""
+
+
+def watched(sections, seconds=60.0, child=CHILD):
+    """(what went wrong, what was lost) of sections that do what their names say."""
+    lost = []
+
+    def command(left, seconds):
+        assert 0 < seconds <= 60
+        return [sys.executable, "-c", child.format(benchmarks=str(SESSION.parent), sections=list(left))]
+
+    wrong = supervise(command, sections, seconds, lambda *what: lost.append(what), margin=1.0)
+    return wrong, lost
+
+
+def test_a_section_that_takes_its_process_along_costs_no_other(capfd):
+    wrong, lost = watched(["fine", "hangs", "last", "faults", "dies", "leaves-others"])
+    assert capfd.readouterr().out.split("\n")[:-1] == ["fine", "hangs", "last", "faults", "dies", "leaves-others"]
+    assert [(section, path) for section, _, path in lost] == [
+        (name, "the report\n"[:-1]) for name in ("hangs", "faults", "dies")
+    ]
+    assert "hung" in lost[0][1]
+    assert ("75" in lost[1][1], "-9" in lost[2][1]) == (True, True)
+    assert wrong == 3
+
+
+def test_a_process_that_cannot_begin_is_not_started_again(capfd):
+    assert watched(["fine", "last"], child="import sys; print('no GPU'); sys.exit(1)") == (1, [])
+    assert capfd.readouterr().out == "no GPU\n"
+
+
+def test_a_session_ends_in_its_time():
+    begin = time.monotonic()
+    wrong, lost = watched(["fine", "hangs", "last"], seconds=2.0)
+    assert time.monotonic() - begin < 10
+    assert (wrong, [section for section, *_ in lost]) == (1, ["hangs"])
+
+
+def test_a_lost_section_is_a_row(dry_run, tmp_path):
+    _, rows, path = dry_run
+    copy = tmp_path / "some.csv"
+    copy.write_bytes(path.with_suffix(".csv").read_bytes())
+    add_lost(copy, "kernels", "hung, and was killed")
+    *before, last = csv.DictReader(copy.open())
+    assert before == rows
+    assert (last["section"], last["unit"], last["value"], last["gpu"]) == (
+        "kernels",
+        "error",
+        "hung, and was killed",
+        "dry run",
+    )
+
+
+def test_running_out_of_time_goes_through_what_catches_exceptions(tmp_path):
+    code = (
+        "import runpy, sys, time\n"
+        f"sys.argv = ['session', '--dry-run', '--here', '1', '--out', {str(tmp_path)!r}, '--sections', 'ceilings', 'eager']\n"
+        f"sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]\n"
+        "from gpu import speed\n"
+        "def patient(session):\n"
+        "    while True:\n"
+        "        try: time.sleep(30)\n"
+        "        except Exception: pass\n"
+        "speed.ceilings = patient\n"
+        f"runpy.run_path({str(SESSION)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    rows = [(row["section"], row["value"]) for row in csv.DictReader((tmp_path / "dry-run.csv").open())]
+    assert done.returncode == 0, done.stderr
+    assert ("ceilings", "stopped after 1 s") in rows
+    assert ("eager", "left out: out of time") in rows
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

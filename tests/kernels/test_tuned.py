@@ -373,7 +373,7 @@ def test_all_candidates_are_launchable_and_compute_what_the_default_does():
         tuned_kernels.add(key.kernel)
         tiles = tune.candidates(key, default, "sm_90")
         launch = tune.Launch(case.name, key, {1: case}, [default, *tiles], [])
-        wanted = [tune.outputs(case, default)]
+        wanted = [case.outputs(default)]
         assert [tune._difference(launch, tile, wanted) for tile in tiles[-1:]] == [""]
         wanted[0][-1] *= 1.1
         assert tune._difference(launch, tiles[-1], wanted).startswith("off by 0.09")
