@@ -139,24 +139,56 @@ needs_library = pytest.mark.skipif(not in_one_call(torch.float32), reason="no ne
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
 @pytest.mark.parametrize("threads", [2, 3, 5])
 @pytest.mark.parametrize("name", ["odd", "many tokens", "one token"])
-def test_a_team_computes_what_one_thread_does(name: str, threads: int, rows: int) -> None:
-    """By rows where threads divide them, else by tokens and heads; job after job, helpers coming when they may."""
+def test_a_team_computes_what_one_thread_does(name: str, threads: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows where threads divide them, else by tokens and heads, of which there may be fewer than threads; job after job,
+    helpers coming when they may."""
+    monkeypatch.setattr(cpu_dit, "TOKENS_EACH", 1)
     program, workers = program_of(random_model(**MODELS[name])), Workers(threads)
     tokens, table = _random(program, rows)
     index = torch.arange(rows, dtype=torch.int32)
     want = program.denoise(tokens, table, index)
+    helpers = []
 
     def jobs(_: int) -> list[Tensor]:
         poison(program, rows, threads)
-        return [program.denoise(tokens, table, index) for _ in range(30)]
+        results = [program.denoise(tokens, table, index) for _ in range(30)]
+        helpers.append(program._own.team._asked)
+        return results
 
     with one_thread():
         for got in (result for results in program.led(workers, jobs, [0]) for result in results):
             assert torch.equal(got, want)
+    assert helpers == [min(threads, rows * program.config.tokens) - 1]
+    assert gone(workers)
+
+
+def gone(workers: Workers) -> bool:
+    """Whether all helpers have ended, or do in a moment."""
     deadline = time.monotonic() + 20
     while workers._busy and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert workers._busy == 0  # the helpers have gone
+    return workers._busy == 0
+
+
+@needs_library
+def test_a_team_that_grows_gets_jobs_of_every_size() -> None:
+    """A helper that is late from one job must not take a part of the next, which may have more of them."""
+    program, workers = program_of(random_model()), Workers(4)
+    tokens, table = _random(program, 8)
+    index = torch.arange(8, dtype=torch.int32)
+    sizes = [2, 2, 4, 8, 1, 2, 8, 4, 3, 8] * 30
+    starts = [(7 * k) % (9 - size) for k, size in enumerate(sizes)]  # others each time: what is left of a job is no result
+    want = torch.cat([program.denoise(tokens[r : r + 1], table, index[r : r + 1]) for r in range(8)])
+
+    def jobs(_: int) -> None:
+        for start, size in zip(starts, sizes, strict=True):
+            some = slice(start, start + size)
+            assert torch.equal(program.denoise(tokens[some], table, index[some]), want[some]), (start, size)
+
+    with one_thread():
+        for _ in range(3):
+            program.led(workers, jobs, [0])
+    assert gone(workers)
 
 
 @needs_library
@@ -171,7 +203,7 @@ def test_helpers_come_late_or_not_at_all() -> None:
     class Late:
         count = 2
 
-        def offer(self, function: object) -> Future[None]:
+        def offer(self, function: object, in_torch: bool) -> Future[None]:
             started.append(threading.Thread(target=function))  # type: ignore[arg-type]
             return Future()
 
@@ -190,17 +222,21 @@ def test_helpers_come_late_or_not_at_all() -> None:
 
 @needs_library
 def test_an_error_between_two_jobs_sends_the_helpers_home() -> None:
-    program, workers = program_of(random_model()), Workers(3)
+    program, workers = program_of(random_model(**MODELS["many tokens"])), Workers(3)
     tokens, table = _random(program, 1)
+    arrived = []
 
     def failing(_: int) -> None:
         program.denoise(tokens, table, torch.zeros(1, dtype=torch.int32))
+        arrived.append(workers._busy)
         raise ZeroDivisionError
 
     with one_thread():
         for _ in range(3):
             with pytest.raises(ZeroDivisionError):
                 program.led(workers, failing, [0])
+            assert gone(workers)
+        assert arrived == [3, 3, 3]
         assert workers.map(lambda k: k + 1, range(5)) == [1, 2, 3, 4, 5]
 
 

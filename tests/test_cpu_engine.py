@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import multiprocessing
 import threading
+import time
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_fused_dit import LOW, random_model, relative
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from fastcfg.engines.cpu_dit import in_one_call
 from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.cpu_ops import CpuOperations, has_bf16, has_int8, has_packed_products
 from fastcfg.engines.fused_dit import Buffers, FusedDiT
+from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.verify import verify
 
@@ -77,7 +80,7 @@ def runs(draw: st.DrawFn) -> tuple[Denoiser, dict, dict]:
         "spacing": draw(st.sampled_from(["trailing", "linspace"])),
         "predicts": draw(st.sampled_from(["eps", "v", "x0"])),
         "clip": draw(st.sampled_from([False, True, "keep_eps"])),
-        "interval": draw(st.sampled_from([None, (300, 900)])),
+        "interval": draw(st.sampled_from([None, (300, 900), (60, 999)])),
         "rescale": draw(st.sampled_from([0.0, 0.7])),
         "guidance_channels": draw(st.sampled_from([None, 1, 2])),
     }
@@ -88,6 +91,11 @@ def runs(draw: st.DrawFn) -> tuple[Denoiser, dict, dict]:
     if solver == "ddpm":
         kinds = ["posterior", "fixed_large"] + ["learned_range"] * model.learned_variance
         options["variance"] = draw(st.sampled_from(kinds))
+    try:
+        Sampler(model, engine="reference", **options)
+    except Error as error:  # an interval without a step, or a spacing whose only step is at 0
+        assume("holds none of" not in str(error) and "samples nothing" not in str(error))
+        raise
     rows = draw(st.integers(1, 5))
     scales = [1.0, 1.5, 4.0] if model.null_label is not None else [1.0]
     call = {
@@ -241,6 +249,83 @@ def test_weights_that_change_are_noticed_and_taken_up() -> None:
     assert torch.equal(after, sampler(model)([1], seeds=3))
 
 
+CHANGES = {
+    "hook": lambda module: module.blocks[0].attn.register_forward_hook(lambda *_: None),
+    "patch": lambda module: setattr(module.blocks[0].attn, "forward", lambda x: 2 * x),
+    "layer": lambda module: setattr(module.blocks[0].mlp, "fc1", torch.nn.Sequential(module.blocks[0].mlp.fc1).eval()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_computes_something_else_is_not_sampled_as_before(change: str) -> None:
+    model = random_model()
+    made = sampler(model)
+    CHANGES[change](model.module)
+    for call in (lambda: made([1]), lambda: made.predict(torch.zeros(1, *model.shape), torch.zeros(1), [0]), made.refresh):
+        with pytest.raises(Error, match="make a new sampler"):
+            call()
+    want = Sampler(model, steps=3, batch=4, engine="reference")([1], seeds=3)
+    assert relative(sampler(model)([1], seeds=3), want) < 1e-5
+
+
+def test_what_is_made_under_autocast_is_what_is_made_without() -> None:
+    model = random_model()
+    want, x, t = sampler(model), torch.zeros(1, *model.shape), torch.tensor([321])
+    with torch.autocast("cpu", torch.bfloat16):
+        made = sampler(model)
+        predicted = want.predict(x, t, [1])
+    assert torch.equal(made([1], scale=2.0), want([1], scale=2.0))
+    assert torch.equal(predicted, want.predict(x, t, [1]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_layout_of_weights_does_not_matter(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
+    model = random_model(patch_size=2)
+    want = sampler(model, dtype=dtype)([1], scale=2.0)
+    model.module.to(memory_format=torch.channels_last)
+    assert torch.equal(sampler(model, dtype=dtype)([1], scale=2.0), want)
+
+
+def test_a_model_of_inference_mode_is_sampled() -> None:
+    with torch.inference_mode():
+        model = random_model()
+    assert torch.equal(sampler(model)([1], scale=2.0), sampler(random_model())([1], scale=2.0))
+
+
+def test_an_interrupted_map_leaves_no_work_behind() -> None:
+    workers, begun = Workers(2), []
+
+    def work(k: int) -> None:
+        begun.append(k)
+        time.sleep(0.2)
+
+    with one_thread():
+        timer = threading.Timer(0.1, _thread.interrupt_main)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            workers.map(work, range(40))
+        assert len(begun) <= 4
+        assert workers._busy == 0
+        assert workers.map(lambda k: k + 1, range(3)) == [1, 2, 3]
+
+
+def test_work_without_torch_leaves_its_number_of_threads_alone() -> None:
+    workers, threads = Workers(2), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        late = workers.offer(lambda: None, in_torch=False)
+        assert late is not None
+        late.result(20)
+        seen: list[int] = []
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert seen == [3]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_training_mode_is_refused() -> None:
     model = random_model()
     made = sampler(model)
@@ -330,6 +415,34 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
     child.join()
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not() -> None:
+    """At the fork another thread has the turn, a worker the lock, and both workers seem to have something to do."""
+    made = sampler(model_of("head 64"), 2)
+    want, workers = made([0, 1], scale=2.0), made.engine._workers
+    context, has_turn, over = multiprocessing.get_context("fork"), threading.Event(), threading.Event()
+    results = context.Queue()
+
+    def other() -> None:
+        with one_thread():
+            has_turn.set()
+            over.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    has_turn.wait(60)
+    child = context.Process(target=_in_child, args=(made, results))
+    with workers._lock:
+        workers._busy += 2
+        child.start()
+        workers._busy -= 2
+    over.set()
+    thread.join()
+    assert results.get(timeout=60) == want.tolist()
+    child.join()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -390,7 +503,7 @@ def test_without_packed_products_torchs_own_serve(monkeypatch: pytest.MonkeyPatc
         sampler(model_of("head 64"), dtype="int8")
 
 
-@pytest.mark.parametrize("damage", ["not json", "[1]", '{"%s": 3}', '{"%s": {"q": "neither"}}'])
+@pytest.mark.parametrize("damage", ["not json", "[1]", '{"%s": 3}', '{"%s": {"q": "neither"}}', '{"%s": {"q": ["fast"]}}'])
 def test_a_memory_that_cannot_be_read_costs_a_measurement(memory: Path, questions: list[set[str]], damage: str) -> None:
     memory.parent.mkdir(parents=True)
     memory.write_text(damage.replace("%s", choice.machine()))

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,8 +28,8 @@ def fastest(question: str, options: Mapping[str, Callable[[], object]]) -> str:
     or written costs a measurement, no more.
     """
     remembered = _read().get(machine(), {}).get(question)
-    if remembered in options:
-        return str(remembered)
+    if isinstance(remembered, str) and remembered in options:
+        return remembered
     seconds = measure(options)
     answer = min(seconds, key=seconds.__getitem__)
     _remember(question, answer)
@@ -70,7 +71,7 @@ def memory_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcfg" / "choices.json"
 
 
-def _read() -> dict[str, dict[str, str]]:
+def _read() -> dict[str, dict[str, Any]]:
     """{machine: {question: answer}}, with whatever else a damaged file holds left out."""
     try:
         stored = json.loads(memory_path().read_text())

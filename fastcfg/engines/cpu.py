@@ -1,7 +1,8 @@
 """The CPU engine: the fused DiT program, with one worker thread a core and a few samples at a time in each.
 
 A sample's bits depend on neither its batch nor its neighbours: products are made of one model row (one half of one sample),
-or of several where that was found to change no bit on this machine. Batching is how many such pieces are under way.
+or of several: in the C network, whose rows depend on no others, and elsewhere where that was found to change no bit on this
+machine. Batching is how many such pieces are under way.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastcfg.engines.cpu_dit import NativeDiT, in_one_call, wide_dtype
 from fastcfg.engines.cpu_module import CpuModuleEngine
 from fastcfg.engines.cpu_native import cpu_operations, kernels
 from fastcfg.engines.cpu_ops import has_bf16, has_int8, has_packed_products
-from fastcfg.engines.fused_dit import Each, FusedDiT, is_plain_dit
+from fastcfg.engines.fused_dit import Each, FusedDiT, is_plain_dit, refuse_changed
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
@@ -54,9 +55,9 @@ class CpuEngine:
     """Runs `plan` on a DiT's weights, packed in `dtype`; changes of the module after that are noticed.
 
     dtype: float32, bfloat16, int8 (per-token activations and per-channel weights in the blocks' products; the rest in
-    `wide_dtype`) or None: the faster of the first two, measured once a machine and remembered. workers:
-    threads, torch's number unless given. notes: what was chosen for this machine, and what it lacks. Runs of one process
-    take turns, so any thread may call.
+    `wide_dtype`) or None: float32, or for models that keep their quality in bfloat16 (`Denoiser.low_precision`) the faster of
+    the two, measured once a machine and remembered. workers: threads, torch's number unless given. notes: what was chosen for
+    this machine, and what it lacks. Runs of one process take turns, so any thread may call.
     """
 
     name = "cpu"
@@ -85,8 +86,9 @@ class CpuEngine:
         self._joined = self._joinable()
 
     def refresh(self) -> None:
+        refuse_changed(self.model.module)
         with one_thread():
-            self._program = self._make_program(self.model, self.dtype)
+            self._program = self._made(self.model, self.dtype)
             self._fingerprint = fingerprint(self.model.module)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -111,11 +113,12 @@ class CpuEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[FusedDiT]:
-        """The program, once the module is found fit for sampling, and all cores for it."""
+        """The program, once the module is found fit for sampling, and all cores for it; whatever the caller's modes are."""
         with one_thread():
+            refuse_changed(self.model.module)
             refuse_training(self.model.module)
             refuse_stale(self.model.module, self._fingerprint)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 yield self._program
 
     def _denoise(self, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -177,7 +180,7 @@ class CpuEngine:
         question = f"dtype of {kind}, engine {self.name}"
 
         def option(dtype: torch.dtype) -> Callable[[], object]:
-            program = self._make_program(shallow, dtype)
+            program = self._made(shallow, dtype)
             tokens, table = _random(program, 1)
             index = torch.zeros(1, dtype=torch.int32)
             return lambda: self._workers.map(lambda _: program.denoise(tokens, table, index), range(1))
@@ -202,12 +205,15 @@ class CpuEngine:
         if not (in_one_call(torch.int8) or has_int8()):
             raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
 
+    def _made(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self._make_program(model, dtype)
+
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
         quantise = dtype == torch.int8
-        with torch.no_grad():
-            if in_one_call(dtype):
-                return NativeDiT(model, self.plan, self.device, quantise)
-            return FusedDiT(model, self.plan, cpu_operations(quantise), self.device, wide_dtype(dtype))
+        if in_one_call(dtype):
+            return NativeDiT(model, self.plan, self.device, quantise)
+        return FusedDiT(model, self.plan, cpu_operations(quantise), self.device, wide_dtype(dtype))
 
 
 def _first_block(module: DiT) -> DiT:

@@ -220,7 +220,7 @@ class _Team:
 
     def gather(self, tokens: int) -> int:
         """How many helpers there will be, more than before where workers have nothing to do and there is enough for each."""
-        while self._asked < tokens // TOKENS_EACH - 1 and self._workers.offer(self._help) is not None:
+        while self._asked < tokens // TOKENS_EACH - 1 and self._workers.offer(self._help, in_torch=False) is not None:
             self._asked += 1
         return self._asked
 

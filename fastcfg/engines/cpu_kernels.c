@@ -154,7 +154,11 @@ INLINE floats exponential(floats x) {
     p = MULTIPLY_ADD(p, r, all(1.6666665459e-1f));
     p = MULTIPLY_ADD(p, r, all(5.0000001201e-1f));
     p = MULTIPLY_ADD(p, r * r, r + 1.0f);
-    return (floats)((ints)p + ((ints)shifted << 23));
+#ifdef __AVX512F__
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return (floats)((ints)p + ((ints)shifted << 23)) + (x - x); /* the sum of bits may be a number where x is none */
+#endif
 }
 
 /* 1 / x to a unit in the last place, for x of no extreme size; half the time of a division. */

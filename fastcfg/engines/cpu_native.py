@@ -87,16 +87,20 @@ def cpu_operations(quantise: bool = False) -> CpuOperations:
 
 @lru_cache
 def kernels() -> Kernels:
-    """The library of `cpu_kernels.c` for this processor, compiled once a machine."""
+    """The library of `cpu_network.c` for this processor, compiled once a machine."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return Kernels(None, "no C compiler was found")
-    command = [*shlex.split(compiler), *FLAGS]
+    try:
+        command = [*shlex.split(compiler), *FLAGS]
+    except ValueError as error:
+        return Kernels(None, f"CC is no command: {error}")
     # Machines of one name and one home folder may differ in what they can do
     instructions = cpuinfo("flags", "Features") or torch.backends.cpu.get_cpu_capability()
     made_of = "\n".join([machine(), instructions, *command]).encode() + b"".join(source.read_bytes() for source in SOURCES)
-    path = memory_path().with_name(f"cpu-kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so")
-    with contextlib.suppress(OSError):  # not there yet, or damaged
+    path = None
+    with contextlib.suppress(OSError, RuntimeError):  # not there yet, or damaged; no home folder
+        path = memory_path().with_name(f"cpu-kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so")
         return Kernels(_declared(path))
     try:
         return Kernels(_compiled(command, path))
@@ -104,16 +108,18 @@ def kernels() -> Kernels:
         return Kernels(None, f"{compiler} could not compile them: {error}")
 
 
-def _compiled(command: list[str], path: Path) -> Any:
+def _compiled(command: list[str], path: Path | None) -> Any:
     """Compiles the library to `path`; where nothing can be written there, to a place that is gone after loading."""
     with tempfile.TemporaryDirectory(prefix="fastcfg-") as folder:
-        built = Path(folder) / path.name
+        built = Path(folder) / "cpu-kernels.so"
         done = subprocess.run(
             [*command, "-o", str(built), str(SOURCES[0]), "-lm"], capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
-            raise RuntimeError((done.stderr or f"exit code {done.returncode}").strip().splitlines()[0])
+            raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0])
         library = _declared(built)
+        if path is None:
+            return library
         with contextlib.suppress(OSError, Error):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:

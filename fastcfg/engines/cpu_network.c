@@ -184,8 +184,8 @@ typedef struct {
 } Job;
 
 /* Threads that share jobs: a leader, who makes the team and posts the jobs, and helpers who have come to help, until they are
-   dismissed. A job's rows are shared in `parts` that whoever is free takes, so that a helper may come late; rows that are fewer
-   than those expected, by tokens and heads, among those `members` that are there when it is posted (parts 0). */
+   dismissed. A job's rows are shared in `parts` that whoever is free takes, so that a helper may come late; where the threads do
+   not divide them, by tokens and heads, among those `members` that are there when it is posted (parts 0). */
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t posted;
@@ -292,11 +292,11 @@ static void work(const Job *job, Team *team, long rank, long members, long place
     unpatchify(job, s.patches, some);
 }
 
-/* Parts of job `number`, as long as there are any. */
-static void take_parts(Team *team, uint64_t number, long place) {
+/* Parts of job `number`, as long as there are any. parts: of this job. The team's may be the next one's already. */
+static void take_parts(Team *team, uint64_t number, long parts, long place) {
     for (;;) {
         uint64_t next = atomic_load(&team->next);
-        long parts = atomic_load(&team->parts), part = (long)(uint32_t)next;
+        long part = (long)(uint32_t)next;
         if (next >> 32 != number || part >= parts) return;
         if (!atomic_compare_exchange_weak(&team->next, &next, next + 1)) continue;
         work(&team->job, 0, part, parts, place);
@@ -327,7 +327,7 @@ void fastcfg_help(Team *team) {
         if (atomic_load(&team->dismissed)) return; /* which happens between two jobs */
         seen = number;
         if (by_parts)
-            take_parts(team, (uint64_t)number, rank);
+            take_parts(team, (uint64_t)number, by_parts, rank);
         else {
             work(&team->job, team, rank, members, rank);
             meet(team, members);
@@ -362,7 +362,7 @@ void fastcfg_denoise(const Job *job, Team *team, long expected) {
     pthread_cond_broadcast(&team->posted);
     pthread_mutex_unlock(&team->lock);
     if (by_parts) {
-        take_parts(team, number, 0);
+        take_parts(team, number, parts, 0);
         for (long spins = 0; atomic_load(&team->done) < parts; spins++) spin(spins);
     } else {
         work(job, team, 0, members, 0);

@@ -99,7 +99,7 @@ class CpuOperations:
         B, C, H, W = x.shape
         D, p = weight.shape[0], weight.shape[-1]
         patches = x.float().view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, C * p * p)
-        tokens = F.linear(patches, weight.float().view(D, -1), bias.float()).view(B, -1, D)
+        tokens = F.linear(patches, weight.float().flatten(1), bias.float()).view(B, -1, D)
         return _into(out, (tokens + position).to(weight.dtype))
 
     def adaln(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastcfg.engines.base import Request
 from fastcfg.engines.capture import Lane, StepGraphs, lane_of
-from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit
+from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit, refuse_changed
 from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.errors import Error
 from fastcfg.kernels._launch import cdiv, gpu_of, interpreted
@@ -72,13 +72,13 @@ class CudaEngine:
 
     def refresh(self) -> None:
         """Copies the weights anew into the buffers that graphs read, so that nothing is captured again."""
-        with _own_mode(), self._lane.turn():
+        with _own_mode(self.device), self._lane.turn():
             if not self._weights.refresh():
                 self._drop_loops()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._weights.check()
-        with _own_mode(), self._lane.turn() as caller:
+        with _own_mode(self.device), self._lane.turn() as caller:
             out = self._weights.forward(*(part.to(self.device) for part in (x, t, y))).float()
             if caller is not None:
                 out.record_stream(caller)
@@ -86,7 +86,7 @@ class CudaEngine:
 
     def run(self, request: Request) -> Tensor:
         self._weights.check()
-        with _own_mode():
+        with _own_mode(self.device):
             result = torch.empty(len(request.labels), *self.model.shape, device=self.device)  # on the caller's stream
             with self._lane.turn():
                 loop = self._loop(request)
@@ -317,15 +317,17 @@ class _DiTWeights:
 
     def __init__(self, made_for: _MadeFor):
         self._made_for, self._module = made_for, made_for.model.module
-        with _own_mode(), made_for.lane.turn():
+        with _own_mode(made_for.device), made_for.lane.turn():
             self._program = self._pack()
         self._fingerprint = fingerprint(self._module)
 
     def check(self) -> None:
+        refuse_changed(self._module)
         refuse_training(self._module)
         refuse_stale(self._module, self._fingerprint)
 
     def refresh(self) -> bool:
+        refuse_changed(self._module)
         for old, new in zip(self._program.weights(), self._pack().weights(), strict=True):
             old.copy_(new)
         self._fingerprint = fingerprint(self._module)
@@ -381,9 +383,10 @@ class _ModuleWeights:
 
 
 @contextmanager
-def _own_mode() -> Iterator[None]:
-    """No gradients, whatever the caller's mode: buffers made in its inference mode could not be written outside it."""
-    with torch.inference_mode(False), torch.no_grad():
+def _own_mode(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast, whatever the caller's modes: what is captured now would keep them, and buffers made in
+    inference mode could not be written outside it."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastcfg.engines.base import Request
 from fastcfg.engines.classifier import ClassifierTerm
+from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import (
     DiT,
@@ -405,18 +406,35 @@ class FusedDiT:
 
 
 def is_plain_dit(module: nn.Module) -> bool:
-    """Whether `FusedDiT` computes what `module` does: our DiT, with no layer replaced, parametrised or hooked."""
+    """Whether `FusedDiT` computes what `module` does: our DiT, with no layer replaced, parametrised, patched or hooked."""
+    known, parts = _plain_parts(), [module]
+    for part in parts:  # `module.modules()` takes three times as long, and this is asked in every call
+        parts.extend(child for child in part._modules.values() if child is not None)
     return type(module) is DiT and all(
-        type(part) in _plain_types() and not part._forward_hooks and not part._forward_pre_hooks for part in module.modules()
+        _part(part) in known and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
+        for part in parts
     )
 
 
+def refuse_changed(module: nn.Module) -> None:
+    """Raises Error where a module that was a plain DiT is none any more."""
+    if not is_plain_dit(module):
+        raise Error("the model has got hooks or other layers, which its sampler would leave out: make a new sampler")
+
+
 @lru_cache
-def _plain_types() -> frozenset[type]:
-    """The kinds of module that a DiT is made of."""
+def _plain_parts() -> frozenset[Any]:
+    """The parts that a DiT is made of."""
     with torch.device("meta"):
-        plain = DiT(input_size=2, hidden_size=4, depth=1, num_heads=1)
-    return frozenset(map(type, plain.modules()))
+        plain = [DiT(input_size=2, hidden_size=4, depth=1, num_heads=1, block_conditioning=own) for own in (False, True)]
+    return frozenset(_part(part) for module in plain for part in module.modules())
+
+
+def _part(module: nn.Module) -> Any:
+    """What a module is made of: its kind, and the kinds of what it holds, by name; of a list in any number."""
+    if type(module) is nn.ModuleList:
+        return nn.ModuleList, frozenset(map(type, module))
+    return type(module), tuple((name, type(child)) for name, child in module._modules.items())
 
 
 def _parts(labels: int, steps: int, size: int) -> Iterator[tuple[slice, slice]]:

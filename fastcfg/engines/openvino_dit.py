@@ -56,8 +56,7 @@ class OpenVinoEngine(CpuEngine):
             raise Error("int8 on engine 'openvino' needs a CPU with 8-bit products (VNNI): use fp32")
 
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
-        with torch.no_grad():
-            return OpenVinoDiT(model, self.plan, self.device, dtype, self._workers.count)
+        return OpenVinoDiT(model, self.plan, self.device, dtype, self._workers.count)
 
 
 class OpenVinoDiT(FusedDiT):

@@ -10,8 +10,10 @@ Fingerprint = tuple[tuple[int, int], ...]
 
 
 def fingerprint(module: nn.Module) -> Fingerprint:
-    """Changes whenever a weight is replaced or written in place (torch counts writes in `_version`)."""
-    return tuple((p.data_ptr(), p._version) for p in (*module.parameters(), *module.buffers()))
+    """Changes whenever a weight is replaced or written in place (torch counts writes in `_version`, but for tensors that were
+    made in inference mode)."""
+    weights = (*module.parameters(), *module.buffers())
+    return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
 def refuse_training(module: nn.Module, name: str = "model") -> None:

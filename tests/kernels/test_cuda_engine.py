@@ -148,11 +148,14 @@ def test_the_result_is_the_callers():
     assert torch.equal(first, kept)
 
 
-def test_the_callers_gradient_modes_leave_no_trace():
+def test_the_callers_modes_leave_no_trace():
     one = sampler(random_dit(depth=1), steps=2)
     with torch.inference_mode():
         first = one([1, 2], 3.0)
     assert torch.equal(one([1, 2], 3.0), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = sampler(random_dit(depth=1), steps=2)
+        assert torch.equal(other([1, 2], 3.0), first)
     assert not one([1, 2], 3.0).requires_grad
 
 
@@ -217,6 +220,15 @@ def test_changed_weights_are_noticed_and_taken_up_in_place(dtype):
     one.refresh()
     assert torch.equal(one([1, 2], 3.0), sampler(other, dtype=name, steps=2)([1, 2], 3.0))
     assert [tensor.data_ptr() for tensor in one.engine._weights._program.weights()] == before
+
+
+def test_a_module_that_got_a_hook_is_not_sampled_as_before():
+    module = random_dit(depth=1)
+    one = sampler(module, steps=2)
+    module.blocks[0].attn.register_forward_hook(lambda *_: None)
+    for call in (lambda: one([1, 2], 3.0), one.refresh):
+        with pytest.raises(fastcfg.Error, match="make a new sampler"):
+            call()
 
 
 def test_changed_weights_of_a_foreign_module():
