@@ -44,7 +44,7 @@ def main() -> None:
     into = options.out if options.reduced else PLOTS
     table = options.out / "tradeoff.csv" if options.reduced else TABLE
     try:
-        plots.pyplot()  # before the work, which takes an hour
+        plots.pyplot()  # before the work, which takes hours
         if not options.show:
             run(options, table)
         rows = read_rows(table)

@@ -4,7 +4,8 @@
 class Error(Exception):
     """Something asked of fastcfg cannot be done: the message says what was asked, what arrived and what would do.
 
-    Raised before any work starts and before any file is written.
+    For bad input it is raised before any work starts and before any file is written. Its kinds for jobs also end work under
+    way.
     """
 
 

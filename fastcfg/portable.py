@@ -1,4 +1,4 @@
-"""Arithmetic that is the same on every x86 processor, for results that are compared to the last bits of float32.
+"""Arithmetic that is the same on every x86 processor with AVX2, for results that are compared to the last bits of float32.
 
 torch's libraries choose their code by the processor, and each choice adds up in another order. Held to instructions that all
 have, they round alike everywhere. They read the choice when they first compute, so it belongs in a process's environment.

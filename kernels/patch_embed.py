@@ -1,7 +1,8 @@
 """Patch embedding: tokens = x cut into patches, times W^T, plus bias and position      (Peebles & Xie 2212.09748, section 3.2)
 
-The first tokens of a run, before any step; `step_boundary` makes all later ones with the same device function. x is rounded
-to the weights' dtype first, as the model itself does. A convolution library would choose its algorithm by the batch.
+The first tokens of a run, before any step; where it serves, `step_boundary` makes all later ones with the same device
+function. x is rounded to the weights' dtype first, as the model itself does. A convolution library would choose its
+algorithm by the batch.
 
 Shapes: x [B, C, H, W] fp32; weight [D, C, p, p] and bias [D] fp32, bf16 or fp16; position [T, D] with T = H W / p^2; out
 [B, T, D]. Bytes: 4 B C H W + e (D C p^2 + D) + e' T D + e'' B T D. FLOPs: 2 B T D C p^2 + 2 B T D.

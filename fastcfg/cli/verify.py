@@ -21,9 +21,9 @@ from fastcfg.verify import verify as run_verify
 def command(weights: Path, expected: Path, engine: str, dtype: str, native: bool) -> None:
     """Recomputes every tensor of a golden pair and prints max abs difference and its ratio to the largest value.
 
-    In float32 it computes with instructions that every x86 processor has, in a process of its own, so that it comes to the
-    same everywhere: clipped loops magnify a float32 rounding a hundredfold, and differ by more than the limit between
-    processors, the official code's too. With --native, or in another dtype, it computes as sampling does.
+    In float32 it computes with instructions that every x86 processor with AVX2 has, in a process of its own, so that it
+    comes to the same everywhere: clipped loops magnify a float32 rounding a hundredfold, and differ by more than the limit
+    between processors, the official code's too. With --native, or in another dtype, it computes as sampling does.
 
     Exits 1 if any exceeds 1e-5 of the largest value or is missing.
 

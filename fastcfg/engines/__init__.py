@@ -48,8 +48,8 @@ def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str)
     """The engine called `name` ("auto": the best there is for the device), for one model and plan.
 
     device: "auto" (a GPU where there is one and the engine uses it, else the CPU) or torch's name of one. dtype: "auto" (the
-    model's own; the faster of fp32 and bf16 for a DiT on the cpu engine), "fp32", "bf16", "fp16" or, where an engine has it,
-    "int8".
+    model's own; on the cpu engine, for a DiT that keeps its quality in bf16, the faster of that and fp32), "fp32", "bf16",
+    "fp16" or, where an engine has it, "int8".
     """
     if name != "auto" and name not in ENGINES:
         raise Error(f"unknown engine {name!r}: known are auto, {', '.join(ENGINES)}")

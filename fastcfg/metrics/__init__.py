@@ -4,7 +4,7 @@ from fastcfg import metrics
 
 network = metrics.load_network("fashion-cnn")
 samples = metrics.extract(network, metrics.open_images("samples.npz"))
-reference = metrics.open_reference("fashion-mnist:test", network)
+reference = metrics.open_reference("/usr/share/datasets/fashion-mnist:test", network)
 for figure in metrics.evaluate(samples, reference):
     print(figure.name, figure.estimate.value, figure.estimate.interval)
 """
