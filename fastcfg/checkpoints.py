@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcfg.devices import find_device
 from fastcfg.errors import Error
-from fastcfg.files import read_pickle, read_safetensors, write_safetensors
+from fastcfg.files import is_dir, is_file, read_pickle, read_safetensors, write_safetensors
 from fastcfg.models.denoiser import Denoiser, describe_dit
 from fastcfg.models.diffusers_dit import dit_from_diffusers
 from fastcfg.models.dit import DiT, DiTConfig
-from fastcfg.schedules import schedule_from_json
+from fastcfg.schedules import schedule_from_json, stored_schedule
 from fastcfg.solvers import CLIPS, PREDICTIONS
 
 SHIPPED = ("fashion-mnist",)
@@ -29,22 +30,24 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     """A model ready for `Sampler`, in eval mode.
 
     name: a model shipped with the package (`SHIPPED`), or a path: our .safetensors, the official DiT's .pt (with or without
-    an "ema" key), or a folder that diffusers saved a DiTTransformer2DModel or a DiT pipeline to.
-    Raises Error for anything else, for a file cut short and for a pickle that holds more than tensors.
+    an "ema" key), or a folder that diffusers saved a DiTTransformer2DModel or a DiT pipeline to. device: as `Sampler` takes it.
+    Raises Error for anything else, for a file cut short, for a pickle that holds more than tensors and for a device that is
+    not here.
     """
+    where = find_device(str(device))
     if str(name) in SHIPPED:
         with as_file(files("fastcfg").joinpath(f"assets/{name}.safetensors")) as path:
             model = _load_ours(path)
     else:
         model = _load_path(Path(name))
-    model.module.to(device).eval().requires_grad_(False)
+    model.module.to(where).eval().requires_grad_(False)
     return model
 
 
 def _load_path(path: Path) -> Denoiser:
-    if path.is_dir():
+    if is_dir(path):
         return _load_diffusers(path)
-    if not path.is_file():
+    if not is_file(path):
         raise Error(f"unknown checkpoint '{path}': want a shipped name ({', '.join(SHIPPED)}) or a file or folder that exists")
     if path.suffix == ".safetensors":
         return _load_ours(path)
@@ -54,12 +57,17 @@ def _load_path(path: Path) -> Denoiser:
 
 
 def save(model: Denoiser, path: str | Path) -> None:
-    """Writes `model`, whose module must be our DiT, as safetensors with everything `load` needs, whole or not at all."""
+    """Writes `model`, whose module must be our DiT, as safetensors with everything `load` needs, whole or not at all.
+
+    Raises Error for any other model, and for a schedule that `load` could not make again from its name and parameters.
+    """
+    if not isinstance(model, Denoiser):
+        raise Error(f"want a fastcfg.Denoiser, as fastcfg.load and Sampler(module).model give one, got {type(model).__name__}")
     if not isinstance(model.module, DiT):
         raise Error(f"only a fastcfg DiT can be saved in this format, got {type(model.module).__name__}")
     description = {
         "config": model.module.config.to_json(),
-        "schedule": model.schedule.to_json(),
+        "schedule": stored_schedule(model.schedule),
         "predicts": model.predicts,
         "clip": model.clip,
         "eta": model.eta,
@@ -158,7 +166,7 @@ def infer_config(state: Mapping[str, Tensor], source: str) -> DiTConfig:
 
 def _load_diffusers(path: Path) -> Denoiser:
     """A folder with a DiTTransformer2DModel, or a pipeline's with it under `transformer` and its scheduler's config."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    folder = path / "transformer" if is_dir(path / "transformer") else path
     config = _read_json(folder / "config.json")
     if config.get("_class_name") != "DiTTransformer2DModel":
         raise Error(f"{folder} holds a {config.get('_class_name')}: want a DiTTransformer2DModel")
@@ -166,9 +174,9 @@ def _load_diffusers(path: Path) -> Denoiser:
         folder / "diffusion_pytorch_model.safetensors",
         folder / "diffusion_pytorch_model.safetensors.index.json",
     )
-    if single.is_file():
+    if is_file(single):
         tensors, _ = read_safetensors(single)
-    elif index.is_file():
+    elif is_file(index):
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise Error(f"{index} has no weight_map: want the index that diffusers writes beside its shards")
@@ -181,7 +189,7 @@ def _load_diffusers(path: Path) -> Denoiser:
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise Error(f"{folder / 'config.json'} is damaged ({type(error).__name__}: {error})") from error
     scheduler = path / "scheduler" / "scheduler_config.json"
-    others = _schedule_of(_read_json(scheduler)) if scheduler.is_file() else {}
+    others = _schedule_of(_read_json(scheduler)) if is_file(scheduler) else {}
     return describe_dit(build_dit(dit_config, state, str(folder)), latent=True, **others)
 
 

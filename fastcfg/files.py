@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,68 @@ def slug(device: str) -> str:
     return re.sub(r"(\((r|tm)\)|[^a-z0-9])+", "-", device.lower()).strip("-")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file at `path`. Raises Error where that cannot be told: a folder closed to us, a name too long."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_dir(path: Path) -> bool:
+    """Whether there is a folder at `path`. Raises Error as `is_file` does."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """st_mode of what is at `path`; 0 where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte, which no name has
+        return 0
+    except OSError as error:
+        raise Error(f"cannot reach {path}: {error.strerror or error}") from error
+
+
 def check_writable(path: Path) -> None:
     """Raises Error unless a file can be made at `path`: for asking before the work rather than after it."""
     folder = path.parent
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise Error(f"cannot write {path}: the folder {folder} does not exist")
-    if path.is_dir():
+    if is_dir(path):
         raise Error(f"cannot write {path}: it is a folder")
     try:
         # Permission bits do not tell all (read-only mounts, root): only making a file does.
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise Error(f"cannot write {path}: {error.strerror or error}") from error
+        with suppress(FileNotFoundError):
+            os.stat(_temporary(path))  # its name is the longer one, and may be too long
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it is moved to `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`, otherwise removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise Error(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what is to be said
+            temporary.unlink()
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -72,8 +102,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file."""
-    if not path.is_file():
+    if not is_file(path):
         raise Error(f"no file at {path}")
+    _check_readable(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -81,11 +112,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Error(f"{path} is not a whole safetensors file: {error}") from error
 
 
+def _check_readable(path: Path) -> None:
+    """Raises Error unless the file can be opened: the libraries that read it say of one closed to us that it is missing."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise Error(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read_pickle(path: Path, *classes: type) -> Any:
     """What torch.save wrote to `path`, on the CPU, if it is made of tensors, Python's own containers and `classes` alone.
 
     Raises Error for anything else: code in a file is not run.
     """
+    _check_readable(path)
     try:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True)

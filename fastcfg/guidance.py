@@ -23,7 +23,8 @@ Real = TypeVar("Real", np.float32, np.float64)
 class Interval:
     """Guidance only in part of the run (Kynkaanniemi et al. 2404.07724).
 
-    unit "timestep": for lo <= t <= hi, in training timesteps. unit "sigma": for sigma / alpha in (lo, hi], as in the paper.
+    unit "timestep": for lo <= t <= hi, t as the model is given it and a plan prints it. unit "sigma": for sigma / alpha in
+    (lo, hi], as in the paper.
     """
 
     lo: float
@@ -55,8 +56,12 @@ class Interval:
             raise Error(f"interval: {form}, got {value!r}") from None
         return cls(lo, hi, unit)
 
+    def __str__(self) -> str:
+        """As `parse` takes it."""
+        return f"{'sigma:' if self.unit == 'sigma' else ''}{self.lo:g}:{self.hi:g}"
+
     def contains(self, timesteps: Array, noise_ratio: Array) -> NDArray[np.bool_]:
-        """Which steps are inside, bool [steps]."""
+        """Which steps are inside, bool [steps]. timesteps: t; noise_ratio: sigma / alpha; both [steps]."""
         if self.unit == "sigma":
             return (noise_ratio > self.lo) & (noise_ratio <= self.hi)
         return (timesteps >= self.lo) & (timesteps <= self.hi)

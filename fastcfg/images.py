@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastcfg.errors import Error, missing_extra
-from fastcfg.files import write_file, write_safetensors
+from fastcfg.files import is_dir, write_file, write_safetensors
 
 SUFFIXES = (".png", ".npz", ".safetensors")
 
@@ -23,23 +24,28 @@ def to_uint8(x: Tensor) -> NDArray[np.uint8]:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def decode(latents: Tensor, vae_folder: str | Path, batch: int = 8) -> Tensor:
-    """Pixels in [-1, 1], [N, 3, 8H, 8W], of latents [N, 4, H, W], by the diffusers AutoencoderKL saved in `vae_folder`.
-
-    Latents are divided by the VAE's own scaling factor (0.18215 for DiT's). Needs the extra `diffusers`.
-    """
+def load_vae(folder: Path, channels: int) -> Any:
+    """The diffusers AutoencoderKL saved in `folder`, for latents of so many channels. Needs the extra `diffusers`."""
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise missing_extra("diffusers", "decoding latents", error) from error
-    if not Path(vae_folder).is_dir():
-        raise Error(f"no VAE at {vae_folder}: want the folder of a diffusers AutoencoderKL")
+    if not is_dir(folder):
+        raise Error(f"no VAE at {folder}: want the folder of a diffusers AutoencoderKL")
     try:
-        vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True).to(latents.device).eval()
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
     except (OSError, ValueError) as error:
-        raise Error(f"{vae_folder} holds no diffusers AutoencoderKL: {str(error).splitlines()[0]}") from error
-    if vae.config["latent_channels"] != latents.shape[1]:
-        raise Error(f"the VAE decodes {vae.config['latent_channels']} channels, the latents have {latents.shape[1]}")
+        raise Error(f"{folder} holds no diffusers AutoencoderKL: {str(error).splitlines()[0]}") from error
+    if vae.config["latent_channels"] != channels:
+        raise Error(f"the VAE decodes {vae.config['latent_channels']} channels, the latents have {channels}")
+    return vae
+
+
+def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
+    """Pixels in [-1, 1], [N, 3, 8H, 8W], of latents [N, 4, H, W], by `load_vae`'s.
+
+    Latents are divided by the VAE's own scaling factor (0.18215 for DiT's).
+    """
     with torch.no_grad():
         parts = [vae.decode(z / vae.config["scaling_factor"]).sample for z in latents.to(vae.dtype).split(batch)]
     return torch.cat(parts)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcfg.errors import Error
-from fastcfg.guidance import Guidance
+from fastcfg.guidance import Guidance, Interval
 from fastcfg.schedules import Array, Schedule, timesteps
 from fastcfg.solvers import CLIPS, PREDICTIONS, SOLVERS, VARIANCES, Grid, Rows, eps_from
 
@@ -96,7 +96,7 @@ def make_plan(
     predicts: what the network's output is ("eps", "v", "x0", "flow"). eta: DDIM's noise in [0, 1]; no other solver has it.
     variance: DDPM's ("posterior", "fixed_large", "learned_range"). clip: see `fastcfg.solvers.Grid`. by_classifier: whether
     there is classifier guidance, in the steps in which `guidance` is.
-    Raises Error for anything unknown, out of range or at odds.
+    Raises Error for anything unknown, out of range or at odds, and for a guidance interval that no step is in.
     """
     guidance = guidance if guidance is not None else Guidance()
     _check(schedule, solver, predicts, eta, variance, clip)
@@ -107,17 +107,18 @@ def make_plan(
     options = all_options.get(solver, {})
     with np.errstate(divide="ignore"):
         noise_ratio = sigma / alpha
-    guided = guidance.interval.contains(positions, noise_ratio) if guidance.interval else np.ones(steps, bool)
+    t = positions + schedule.time_offset
+    guided = np.ones(steps, bool) if guidance.interval is None else _inside(guidance.interval, t, noise_ratio)
+    where = spacing if isinstance(spacing, str) else "given timesteps"
     # Euler's state starts at the sigma of its first level in the sigma / alpha view (diffusers' init_noise_sigma), except
     # with "leading", whose first level is not the schedule's last.
-    init_scale = float(sigma[0]) if solver == "euler" and spacing != "leading" else 1.0
+    init_scale = float(sigma[0]) if solver == "euler" and where != "leading" else 1.0
     name = solver + "".join(f", {key} {value}" for key, value in options.items())
-    where = spacing if isinstance(spacing, str) else "given timesteps"
     title = f"{steps} steps of {name} ({where}) over {schedule.name}, T = {schedule.T}, predicting {predicts}"
     return Plan(
         title=title + (f", clip {clip}" if clip else ""),
         solver=solver,
-        timesteps=positions + schedule.time_offset,
+        timesteps=t,
         alpha=grid.alpha,
         sigma=grid.sigma,
         rows=SOLVERS[solver](grid, **options),
@@ -127,6 +128,18 @@ def make_plan(
         clip=bool(clip),
         gradient=gradient_column(grid) if by_classifier else None,
     )
+
+
+def _inside(interval: Interval, t: Array, noise_ratio: Array) -> NDArray[np.bool_]:
+    """The steps in the interval, [steps]; Error where there are none: guidance asked for would be left out."""
+    guided = interval.contains(t, noise_ratio)
+    if not guided.any():
+        visited, name = (t, "t") if interval.unit == "timestep" else (noise_ratio, "sigma / alpha")
+        raise Error(
+            f"interval {interval} holds none of the plan's {len(t)} steps, from {name} = {visited[0]:g} to {visited[-1]:g}: "
+            "want a wider one, or more steps"
+        )
+    return guided
 
 
 def gradient_column(grid: Grid) -> Array:
@@ -140,7 +153,9 @@ def gradient_column(grid: Grid) -> Array:
     return np.divide(-grid.here[1], eps_out, out=np.zeros_like(eps_out), where=eps_out != 0)
 
 
-def _check(schedule: Schedule, solver: str, predicts: str, eta: Any, variance: str, clip: Any) -> None:
+def _check(schedule: Any, solver: str, predicts: str, eta: Any, variance: str, clip: Any) -> None:
+    if not isinstance(schedule, Schedule):
+        raise Error(f"schedule must be a fastcfg.Schedule, got {schedule!r}: fastcfg.schedule(name) makes one")
     if solver not in SOLVERS:
         raise Error(f"unknown solver {solver!r}: known are {', '.join(SOLVERS)}")
     if predicts not in PREDICTIONS:

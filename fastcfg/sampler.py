@@ -74,6 +74,11 @@ class Sampler:
             raise Error(f"guidance_channels {guidance_channels} asked, but samples have {self.model.shape[0]} channels")
         self.classifier_guidance = classifier_guidance
         if classifier_guidance is not None:
+            if not isinstance(classifier_guidance, ClassifierGuidance):
+                raise Error(
+                    f"classifier_guidance must be a fastcfg.ClassifierGuidance, got {type(classifier_guidance).__name__}: "
+                    "want ClassifierGuidance(module), where fastcfg.load_classifier reads one"
+                )
             _check_base(classifier_guidance, self.model, self.guidance)
         if variance is None:
             variance = "learned_range" if solver == "ddpm" and self.model.learned_variance else "posterior"
@@ -157,9 +162,12 @@ class Sampler:
 
         x: [N, C, H, W] at noise level t: [N], as the model counts timesteps. labels: [N], or None for the null label.
         """
+        want = f"want tensors x [N, {', '.join(map(str, self.model.shape))}] and t [N], N at least 1"
+        if not isinstance(x, Tensor) or not isinstance(t, Tensor):
+            raise Error(f"{want}, got {type(x).__name__}, {type(t).__name__}")
+        if tuple(x.shape[1:]) != self.model.shape or t.shape != x.shape[:1] or not len(x):
+            raise Error(f"{want}, got {list(x.shape)}, {list(t.shape)}")
         N = len(x)
-        if tuple(x.shape[1:]) != self.model.shape or tuple(t.shape) != (N,):
-            raise Error(f"want x [N, {', '.join(map(str, self.model.shape))}] and t [N], got {list(x.shape)}, {list(t.shape)}")
         if labels is not None:
             y = self._labels(labels)
         elif self.model.null_label is None:

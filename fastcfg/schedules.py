@@ -6,6 +6,7 @@ Everything here is float64 NumPy. A noisy sample is x_t = alpha_t x0 + sigma_t e
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -144,11 +145,25 @@ def schedule_from_json(data: Any) -> Schedule:
     return schedule(data["name"], **{k: v for k, v in data.items() if k != "name"})
 
 
+def stored_schedule(made: Schedule) -> dict[str, Any]:
+    """`made.to_json()`, for a file. Raises Error unless `schedule_from_json` gives back these alpha, sigma and time_offset."""
+    data = made.to_json()
+    try:
+        again = schedule_from_json(json.loads(json.dumps(data)))
+    except (Error, TypeError, ValueError) as error:
+        raise Error(f"schedule {made.name!r} cannot be stored, since its parameters do not make it again: {error}") from error
+    same = np.array_equal(again.alpha, made.alpha) and np.array_equal(again.sigma, made.sigma)
+    if not same or again.time_offset != made.time_offset:
+        raise Error(
+            f"schedule {made.name!r} cannot be stored: {data} makes another table. Want one of fastcfg.schedule's: "
+            f"{', '.join(SCHEDULES)}"
+        )
+    return data
+
+
 def _dit(T: int, steps: int) -> Array:
     """Official DiT/ADM respacing "N": stride (T-1)/(N-1), accumulated and rounded half to even."""
-    if steps == 1:
-        raise Error("spacing 'dit' with 1 step keeps only timestep 0, which samples nothing: use 'trailing'")
-    stride = (T - 1) / (steps - 1)
+    stride = (T - 1) / max(steps - 1, 1)
     position, kept = 0.0, []
     for _ in range(steps):  # the official code accumulates the stride, so we do
         kept.append(round(position))
@@ -207,6 +222,8 @@ def timesteps(
     positions = SPACINGS[spacing](T, steps + 1 if opened else steps)[:steps]
     if not (fractional and spacing == "linspace"):
         positions = np.round(positions)
+    if steps == 1 and not positions[0]:
+        raise Error(f"spacing {spacing!r} with 1 step keeps only timestep 0, which samples nothing: use 'trailing'")
     if len(np.unique(positions)) != steps:
         raise Error(f"spacing {spacing!r} cannot lay {steps} distinct steps over {T} timesteps: ask for fewer steps")
     return positions

@@ -13,7 +13,6 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from tqdm import tqdm
 
 from fastcfg import metrics as m
 from fastcfg.checkpoints import load
-from fastcfg.engines import find_device
+from fastcfg.devices import find_device
 from fastcfg.errors import Error
 from fastcfg.explain import count_flops, count_gradient_flops
-from fastcfg.files import write_file
+from fastcfg.files import check_writable, write_file
 from fastcfg.jobs import Spec, run
+from fastcfg.jobs.stores import looks_remote
 from fastcfg.jobs.toml import read_table
 from fastcfg.models.denoiser import Denoiser
 
@@ -98,6 +98,7 @@ def run_sweep(
     """
     path, out = Path(path), Path(out)
     sweep = Sweep.from_toml(path)
+    _check_out(path, out)
     network = m.load_network(sweep.features, find_device("auto"))
     reference = m.open_reference(sweep.reference, network)
     model = load(next(iter(sweep.jobs.values())).checkpoint)  # the grid varies no checkpoint
@@ -139,10 +140,16 @@ def _name(spec: Spec) -> str:
         parts += [
             "interval",
             *(["sigma"] if spec.interval.unit == "sigma" else []),
-            f"{spec.interval.lo:g}",
-            f"{spec.interval.hi:g}",
+            _exact(spec.interval.lo),
+            _exact(spec.interval.hi),
         ]
-    return "-".join(parts + ([f"rescale-{spec.rescale:g}"] if spec.rescale else []))
+    return "-".join(parts + ([f"rescale-{_exact(spec.rescale)}"] if spec.rescale else []))
+
+
+def _exact(value: float) -> str:
+    """A number in as few digits as tell it from every other: by it folders and rows are known."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _check(sweep: Sweep, model: Denoiser, network: m.FeatureNetwork, reference: m.Reference) -> None:
@@ -171,9 +178,9 @@ def _settings(spec: Spec, model: Denoiser) -> Iterator[Row]:
             "classifier": spec.classifier_base or "",
             "solver": spec.solver,
             "steps": str(spec.steps),
-            "interval": "" if at is None else f"{'sigma:' if at.unit == 'sigma' else ''}{at.lo:g}:{at.hi:g}",
-            "rescale": f"{spec.rescale:g}",
-            "scale": f"{scale:g}",
+            "interval": "" if at is None else f"{'sigma:' if at.unit == 'sigma' else ''}{_exact(at.lo)}:{_exact(at.hi)}",
+            "rescale": _exact(spec.rescale),
+            "scale": _exact(scale),
             "rows_a_sample": str(rows),
             "gradients_a_sample": str(gradients),
             "gflop_a_sample": f"{(rows * flops + gradients * gradient_flops) / 1e9:.6g}",
@@ -194,17 +201,38 @@ def _key(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in POINT)
 
 
+def _check_out(path: Path, out: Path) -> None:
+    """Raises Error if another sweep is in `out`, or other things, or if it is no local folder that can be written in.
+
+    Makes nothing.
+    """
+    if looks_remote(out):
+        raise Error(f"cannot write in {out}: a sweep is kept in a local folder")
+    kept = out.absolute() / "sweep.toml"
+    try:
+        new = next(place for place in (kept, *kept.parents) if place.parent.exists())
+        if not new.parent.is_dir():
+            raise Error(f"cannot write in {out}: {new.parent} is not a folder")
+        check_writable(new)
+        if kept.exists():
+            if kept.read_text() != path.read_text():
+                raise Error(f"{out} holds another sweep: compare {out / kept.name} with {path}, or give another --out")
+        elif out.exists() and any(out.iterdir()):
+            raise Error(f"{out} holds other things: want a new or an empty folder for --out")
+    except OSError as error:
+        raise Error(f"cannot write in {out}: {error.strerror or error}") from error
+
+
 def _freeze(path: Path, out: Path) -> None:
-    """Keeps the sweep's text in `out`. Raises Error if another sweep is there, or other things."""
-    text, kept = path.read_text(), out / "sweep.toml"
-    with suppress(FileNotFoundError):
-        if kept.read_text() != text:
-            raise Error(f"{out} holds another sweep: compare {kept} with {path}, or give another --out")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise Error(f"{out} holds other things: want a new or an empty folder for --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(kept, lambda temporary: temporary.write_text(text))
+    """Keeps the sweep's text in `out`. Raises Error as `_check_out` does."""
+    _check_out(path, out)  # again: another sweep may have begun there
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Error(f"cannot write in {out}: {error.strerror or error}") from error
+    if not (out / "sweep.toml").exists():
+        text = path.read_text()
+        write_file(out / "sweep.toml", lambda temporary: temporary.write_text(text))
 
 
 def read_rows(table: Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -14,12 +15,16 @@ import torch
 from click.testing import CliRunner
 
 import fastcfg
+from fastcfg import files
 from fastcfg.cli import main
+from fastcfg.files import check_writable, replacing
 from fastcfg.guidance import Guidance, Interval
+from fastcfg.metrics import open_images
 from fastcfg.models.dit import DiT, DiTConfig
 from fastcfg.sampler import Sampler
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.data import ImageData, load_data
+from fastcfg.verify import verify
 
 TINY = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
 
@@ -93,6 +98,9 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "steps fractional": (lambda: sampler(steps=2.5), ("steps", "2.5")),
     "ddim without a stride": (lambda: sampler(steps=60, spacing="ddim"), ("60", "nearest")),
     "dit with one step": (lambda: sampler(steps=1), ("'dit'", "'trailing'")),
+    "ddim with one step": (lambda: sampler(steps=1, spacing="ddim"), ("'ddim'", "'trailing'")),
+    "leading with one step": (lambda: sampler(steps=1, spacing="leading"), ("'leading'", "'trailing'")),
+    "linspace with one step": (lambda: sampler(steps=1, spacing="linspace"), ("'linspace'", "'trailing'")),
     "unknown spacing": (lambda: sampler(spacing="karras"), ("'karras'", "trailing")),
     "rising timesteps": (lambda: sampler(spacing=[1, 2]), ("fall",)),
     "timesteps out of range": (lambda: sampler(spacing=[1000, 1]), ("0..999", "1000")),
@@ -111,12 +119,20 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "interval text": (lambda: sampler(interval="low:high"), ("'low:high'", "100:261")),
     "interval negative": (lambda: sampler(interval=(-1, 5)), ("interval", "-1")),
     "interval NaN": (lambda: Interval(float("nan"), 5), ("interval", "nan")),
+    "interval in fractions": (lambda: sampler(interval="0.2:0.8"), ("0.2:0.8", "t = 999 to 0", "wider")),
+    "interval beyond the run": (lambda: sampler(interval=(5000, 6000)), ("5000:6000", "t = 999 to 0", "wider")),
+    "interval between the steps": (lambda: sampler(interval=(100, 261)), ("100:261", "2 steps", "more steps")),
     "interval unit": (lambda: Interval(0, 5, "minutes"), ("'minutes'", "sigma")),
     "rescale above 1": (lambda: sampler(rescale=1.5), ("[0, 1]", "1.5")),
     "rescale negative": (lambda: sampler(rescale=-0.1), ("[0, 1]", "-0.1")),
     "no guided channels": (lambda: sampler(guidance_channels=0), ("guidance_channels", "0")),
     "too many guided channels": (lambda: sampler(guidance_channels=3), ("3", "1 channels")),
     "scale of rank 3": (lambda: Guidance(scale=np.ones((1, 1, 1))), ("shape", "[1, 1, 1]")),
+    "classifier guidance by a bare module": (
+        lambda: sampler(classifier_guidance=torch.nn.Identity()),
+        ("fastcfg.ClassifierGuidance", "Identity"),
+    ),
+    "classifier guidance by a name": (lambda: sampler(classifier_guidance="fashion-mnist"), ("load_classifier", "str")),
     # batch, engine, device, dtype
     "batch of none": (lambda: sampler(batch=0), ("batch", "0")),
     "unknown engine": (lambda: sampler(engine="warp"), ("'warp'", "reference")),
@@ -131,6 +147,10 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         ("no null label", "scale 1"),
     ),
     "another shape": (lambda: sampler(shape=(3, 8, 8)), ("(3, 8, 8)", "(1, 8, 8)")),
+    "another shape, as a list": (lambda: sampler(shape=[3, 8, 8]), ("(3, 8, 8)", "(1, 8, 8)")),
+    "classes it lacks": (lambda: sampler(num_classes=10), ("num_classes 10", "0..3")),
+    "classes text": (lambda: sampler(num_classes="3"), ("num_classes", "'3'")),
+    "foreign classes fractional": (foreign(num_classes=2.5), ("num_classes", "2.5")),
     "unknown schedule": (lambda: sampler(schedule="sigmoid"), ("'sigmoid'", "cosine")),
     "unknown prediction": (lambda: sampler(predicts="score"), ("'score'", "eps")),
     "flow schedule, eps": (lambda: sampler(schedule="flow"), ("flow", "'eps'")),
@@ -139,6 +159,14 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "foreign null label it lacks": (foreign(null_label=3), ("could not be called", "3")),
     "foreign with other channels": (foreign(out=5), ("[1, 5, 8, 8]", "1 or 2 channels")),
     "training mode": (lambda: Sampler(dit().train(), steps=2)([0], 2.0), ("training mode", "eval()")),
+    "foreign in training mode": (
+        lambda: Sampler(Foreign(), shape=(1, 8, 8), null_label=2),
+        ("training mode", "eval()"),
+    ),
+    "plan of a schedule's name": (lambda: fastcfg.make_plan("linear", steps=2), ("'linear'", "fastcfg.schedule")),
+    # predict
+    "predict: t a number": (lambda: sampler().predict(torch.zeros(1, 1, 8, 8), 5, [0]), ("t [N]", "int")),
+    "predict: no rows": (lambda: sampler().predict(torch.zeros(0, 1, 8, 8), torch.zeros(0), None), ("at least 1", "[0]")),
     "DiT of a broken size": (lambda: DiT(**{**TINY, "patch_size": 3}), ("input_size 8", "patch_size 3")),
     "DiT of no known name": (lambda: DiT.from_name("DiT-XXL/2"), ("'DiT-XXL/2'", "DiT-XL/2")),
     "DiT with an odd number of heads": (lambda: DiT(**{**TINY, "num_heads": 3}), ("num_heads 3",)),
@@ -155,6 +183,9 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "data: missing": (lambda: load_data("/nowhere/at/all"), ("/nowhere/at/all", "IDX")),
     # checkpoints
     "checkpoint: unknown": (lambda: fastcfg.load("fashion-nist"), ("fashion-nist", "fashion-mnist")),
+    "checkpoint: unknown device": (lambda: fastcfg.load("fashion-mnist", device="abacus"), ("'abacus'", "device")),
+    "classifier: unknown device": (lambda: fastcfg.load_classifier("fashion-mnist", "abacus"), ("'abacus'", "device")),
+    "checkpoint: a bare DiT saved": (lambda: fastcfg.save(dit(), "/nowhere/x.safetensors"), ("Denoiser", "DiT")),
 }  # fmt: skip
 
 
@@ -228,10 +259,62 @@ def test_bad_checkpoint_is_refused(case: str, tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists(), "code in a pickle was run"
 
 
+REACHING: dict[str, Callable[[Path], object]] = {
+    "load": fastcfg.load,
+    "load_classifier": fastcfg.load_classifier,
+    "save": lambda path: fastcfg.save(fastcfg.models.denoiser.describe_dit(dit()), path),
+    "verify": lambda path: list(verify(path, path)),
+    "open_images": open_images,
+    "open_images of a split": lambda path: open_images(f"{path}:test"),
+    "check_writable": check_writable,
+}
+
+
+@pytest.mark.parametrize("case", REACHING)
+def test_a_path_that_cannot_be_reached_is_named(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(fastcfg.Error, match=r"/aaa.*: File name too long"):
+        REACHING[case](tmp_path / ("a" * 300))
+    stat = os.stat
+
+    def closed(path: object, *arguments: object, **keywords: object) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/closed/"):  # a folder of mode 700 keeps out all but root, who may be who tests
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, *arguments, **keywords)  # type: ignore[call-overload]
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", closed)
+    with pytest.raises(fastcfg.Error, match=r"/closed/x.*: Permission denied"):
+        REACHING[case](tmp_path / "closed" / "x.npz")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = _written(tmp_path / f"x{suffix}", b"hello")
+    monkeypatch.setattr(files, "open", closed, raising=False)
+    with pytest.raises(fastcfg.Error, match=rf"^cannot read {path}: Permission denied$"):
+        fastcfg.load(path)
+
+
+def test_a_name_too_long_for_its_temporary_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 245 + ".png")
+    with pytest.raises(fastcfg.Error, match=r"cannot write .*: File name too long"):
+        check_writable(path)
+    with pytest.raises(fastcfg.Error, match=r"cannot write .*: File name too long"), replacing(path) as temporary:
+        temporary.write_bytes(b"")
+    assert list(tmp_path.iterdir()) == []
+
+
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "folder missing": (["sample", "--out", "{dir}/no/x.png"], ("does not exist",)),
     "out of another kind": (["sample", "--out", "{dir}/x.jpg"], (".png", ".npz")),
     "out is a folder": (["sample", "--out", "{dir}/folder.png"], ("is a folder",)),
+    "out's name too long": (["sample", "--out", "{dir}/" + "a" * 245 + ".png"], ("too long",)),
+    "vae of a model of pixels": (["sample", "--vae", "{dir}", "--out", "{dir}/x.png"], ("--vae", "pixels")),
     "labels text": (["sample", "--labels", "a,b", "--out", "{dir}/x.png"], ("--labels", "'a,b'")),
     "label out of range": (["sample", "--labels", "10", "--out", "{dir}/x.png"], ("label 10", "0..9")),
     "count of none": (["sample", "--count", "0", "--out", "{dir}/x.png"], ("--count",)),
@@ -240,6 +323,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "classifier missing": (["sample", "--classifier", "{dir}/none.safetensors", "--out", "{dir}/x.png"], ("none.safetensors",)),
     "base without classifier": (["sample", "--classifier-base", "null", "--out", "{dir}/x.png"], ("--classifier",)),
     "classifier and w": (["sample", "--classifier", "fashion-mnist", "--w", "1", "--out", "{dir}/x.png"], ("--w", "--scale")),
+    "interval in fractions": (["sample", "--interval", "0.2:0.8", "--out", "{dir}/x.png"], ("0.2:0.8", "t = 999 to 0")),
     "clip": (["sample", "--clip", "maybe", "--out", "{dir}/x.png"], ("--clip", "keep_eps")),
     "checkpoint": (["sample", "--checkpoint", "{dir}/none.pt", "--out", "{dir}/x.png"], ("none.pt",)),
     "solver": (["explain", "--solver", "heun"], ("'heun'",)),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastcfg
 from fastcfg.images import decode
+from fastcfg.models.classifier import Classifier, ClassifierConfig, save_classifier
 from fastcfg.models.denoiser import Denoiser, describe_dit
 
 CONFIG = {"input_size": 8, "hidden_size": 64, "depth": 2, "num_heads": 1, "num_classes": 5}
@@ -116,7 +117,38 @@ def test_only_a_dit_is_saved(tmp_path: Path) -> None:
     other = Denoiser(nn.Conv2d(3, 3, 1), (3, 8, 8), 0, 5)
     with pytest.raises(fastcfg.Error, match="Conv2d"):
         fastcfg.save(other, tmp_path / "a.safetensors")
+    with pytest.raises(fastcfg.Error, match=r"want a fastcfg\.Denoiser, .* got DiT"):
+        fastcfg.save(fastcfg.DiT(**CONFIG), tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def own_schedules() -> list[fastcfg.Schedule]:
+    linear, cosine = fastcfg.schedule("linear"), fastcfg.schedule("cosine")
+    return [
+        replace(linear, alpha=cosine.alpha, sigma=cosine.sigma),
+        replace(linear, time_offset=1.0),
+        fastcfg.Schedule("mine", cosine.alpha, cosine.sigma, {}),
+    ]
+
+
+@pytest.mark.parametrize("schedule", own_schedules(), ids=["another table", "another offset", "another name"])
+def test_a_schedule_that_would_be_lost_is_not_saved(model: Denoiser, schedule: fastcfg.Schedule, tmp_path: Path) -> None:
+    with pytest.raises(fastcfg.Error, match=f"schedule '{schedule.name}' cannot be stored"):
+        fastcfg.save(replace(model, schedule=schedule), tmp_path / "a.safetensors")
+    with pytest.raises(fastcfg.Error, match=f"schedule '{schedule.name}' cannot be stored"):
+        save_classifier(Classifier(ClassifierConfig(), schedule), tmp_path / "b.safetensors", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("load", [fastcfg.load, fastcfg.load_classifier])
+def test_devices(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(fastcfg.Error, match=f"device '{device}' cannot be used here"):
+            load("fashion-mnist", device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("auto", torch.device("cpu")):
+        loaded = load("fashion-mnist", device=device)
+        assert next(getattr(loaded, "module", loaded).parameters()).device == torch.device("cpu")
 
 
 def altered(path: Path, target: Path, **metadata: str | None) -> Path:

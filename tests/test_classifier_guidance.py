@@ -385,7 +385,7 @@ def with_classifier(module: nn.Module, base: str = "null", **options: object) ->
 
 def embedded() -> Sampler:
     module = Foreign().eval()
-    module.table = nn.Linear(4, 3)  # type: ignore[assignment]
+    module.table = nn.Linear(4, 3).eval()  # type: ignore[assignment]
     asked = ClassifierGuidance(a_classifier())
     module.seen = type("Deaf", (list,), {"__iadd__": lambda self, _: self})()
     return Sampler(module, shape=(3, 8, 8), null_label=torch.zeros(4), classifier_guidance=asked)

@@ -14,7 +14,8 @@ from PIL import Image
 import fastcfg
 from fastcfg.cli import COMMANDS, main
 from fastcfg.files import read_safetensors
-from fastcfg.images import to_uint8
+from fastcfg.images import decode, load_vae, to_uint8
+from fastcfg.models.denoiser import describe_dit
 
 
 def run(*arguments: object) -> Result:
@@ -72,6 +73,75 @@ def test_w_is_scale_minus_one(tmp_path: Path) -> None:
         run("sample", "--labels", "1", *option, "--steps", 2, "--out", tmp_path / name)
     with np.load(tmp_path / "a.npz") as a, np.load(tmp_path / "b.npz") as b:
         assert np.array_equal(a["arr_0"], b["arr_0"])
+
+
+@pytest.fixture
+def latent(tmp_path: Path) -> Path:
+    """A checkpoint whose samples are latents [4, 8, 8]."""
+    module = fastcfg.DiT(input_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=3).eval()
+    fastcfg.save(describe_dit(module, latent=True), tmp_path / "latent.safetensors")
+    return tmp_path / "latent.safetensors"
+
+
+def saved_vae(folder: Path, channels: int) -> Path:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=channels)
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_latents_are_decoded(latent: Path, tmp_path: Path) -> None:
+    vae, made = saved_vae(tmp_path / "vae", 4), ("sample", "--checkpoint", latent, "--steps", 2)
+    run(*made, "--vae", vae, "--out", tmp_path / "x.npz")
+    run(*made, "--out", tmp_path / "x.safetensors")
+    latents = read_safetensors(tmp_path / "x.safetensors")[0]["samples"]
+    with np.load(tmp_path / "x.npz") as archive:
+        assert np.array_equal(archive["arr_0"], to_uint8(decode(latents, load_vae(vae, 4))))
+
+
+@pytest.mark.parametrize(
+    ("vae", "out", "says"),
+    [
+        ("nowhere", "x.png", "no VAE at"),
+        ("a" * 300, "x.png", "too long"),
+        ("empty", "x.png", "holds no diffusers AutoencoderKL"),
+        ("another", "x.npz", "the VAE decodes 3 channels, the latents have 4"),
+        ("vae", "x.safetensors", "--vae would be idle"),
+    ],
+)
+def test_a_vae_is_tried_before_the_sampling(
+    vae: str, out: str, says: str, latent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    if vae in ("empty", "another"):
+        saved_vae(tmp_path / "another", 3)
+    monkeypatch.setattr(fastcfg.Sampler, "__call__", lambda *_, **__: pytest.fail("it sampled"))
+    arguments = ("sample", "--checkpoint", latent, "--vae", tmp_path / vae, "--out", tmp_path / out)
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+    assert not (tmp_path / out).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (("sample", "--out", "{dir}/x.png"), "fastcfg.cli.sample.load"),
+        (("train", "{dir}", "--out", "{dir}/run"), "fastcfg.cli.train.prepare"),
+        (("sweep", "{dir}/s.toml", "--out", "{dir}/run"), "fastcfg.cli.sweep.run_sweep"),
+    ],
+)
+def test_interrupted_commands_exit_with_130(
+    arguments: tuple[str, ...], work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    result = CliRunner().invoke(main, [part.replace("{dir}", str(tmp_path)) for part in arguments])
+    assert result.exit_code == 130
+    assert result.output.endswith("\nerror: stopped by SIGINT\n")
 
 
 @pytest.mark.parametrize(("scale", "cells"), [("1,2,3", (2, 3)), ("2", (2, 1))])

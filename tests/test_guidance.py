@@ -137,6 +137,7 @@ def test_only_the_first_channels_are_guided(channels, guided):
 def test_interval_parse(value, want):
     assert Interval.parse(value) == want
     assert Guidance(interval=value).interval == want
+    assert Interval.parse(None if want is None else str(want)) == want
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,28 @@ def test_prints_which_steps_are_guided():
     assert set(columns["guided"]) == {"yes", "no"}
 
 
+def test_an_interval_is_in_the_timesteps_that_the_model_is_given():
+    """Flow's are one above the table's positions."""
+    made = plan(1000, schedule("flow"), solver="euler", predicts="flow", guidance=Guidance(interval=(100, 261)))
+    assert made.timesteps[made.guided].tolist() == list(range(261, 99, -1))
+
+
+@pytest.mark.parametrize(
+    ("interval", "settings", "says"),
+    [
+        ("0.2:0.8", {}, r"interval 0\.2:0\.8 holds none of the plan's 10 steps, from t = 999 to 0: want a wider one"),
+        ((5000, 6000), {}, "interval 5000:6000 holds none"),
+        ((1, 110), {}, "interval 1:110 holds none"),
+        ((1, 2), {"steps": 1, "spacing": [500]}, "the plan's 1 steps, from t = 500 to 500"),
+        ((0, 0.5), {"noise_schedule": schedule("flow"), "solver": "euler", "predicts": "flow"}, "from t = 1000 to 1"),
+        ("sigma:200:300", {}, r"interval sigma:200:300 holds none .*, from sigma / alpha = 157\.4\d* to 0\.01"),
+    ],
+)
+def test_an_interval_without_a_step_is_refused(interval, settings, says):
+    with pytest.raises(Error, match=says):
+        plan(**settings, guidance=Guidance(interval=interval))
+
+
 @pytest.mark.parametrize(
     ("settings", "noise", "history"),
     [
@@ -119,6 +141,13 @@ def test_start(settings, scale):
     assert plan(**settings).init_scale == pytest.approx(scale, rel=1e-12)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "euler"])
+def test_timesteps_may_be_an_array(solver):
+    array, given = (plan(2, solver=solver, spacing=kind([900, 10])) for kind in (np.array, list))
+    assert str(array) == str(given)
+    assert array.init_scale == given.init_scale
+
+
 def test_flow_gives_the_model_T_tau():
     made = plan(5, schedule("flow", T=10), solver="euler", spacing="linspace", predicts="flow")
     np.testing.assert_allclose(made.timesteps, 10 * made.sigma[:-1], rtol=1e-12)
@@ -163,6 +192,7 @@ def test_every_coefficient_is_finite(name, solver, predicts, steps):
         ({"clip": 0}, "clip must be"),
         ({"clip": None}, "clip must be"),
         ({"steps": 0}, "steps must be"),
+        ({"noise_schedule": "linear"}, "schedule must be a fastcfg.Schedule, got 'linear'"),
     ],
 )
 def test_bad_plans_are_refused(settings, says):

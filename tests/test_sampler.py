@@ -139,7 +139,7 @@ def test_scale_and_w_are_one_setting():
         ({}, 2.0, [6, 6, 6, 6]),
         ({"interval": (300, 700)}, 2.0, [3, 6, 6, 3]),  # timesteps 999, 666, 333, 0
         ({"interval": (300, 700)}, 1.0, [3, 3, 3, 3]),
-        ({"interval": (1, 2)}, 2.0, [3, 3, 3, 3]),
+        ({"interval": (0, 1)}, 2.0, [3, 3, 3, 6]),
         ({}, [[1.0], [5.0], [1.0], [2.0]], [3, 6, 3, 6]),
         ({"interval": (300, 1000)}, [[2.0], [1.0], [3.0], [3.0]], [6, 3, 6, 3]),
     ],
@@ -380,9 +380,12 @@ def test_predict_is_the_networks_output():
     assert torch.equal(sampler.predict(x, t, y.tolist()), cond)
     assert torch.equal(sampler.predict(x, t, None), null)
     assert cond.shape == (5, 8, 4, 4)
-    for bad in ((x[:, :3], t, y), (x, t[:4], y), (x, t, y[:4]), (x, t, y + 1)):
+    for bad in ((x[:, :3], t, y), (x, t[:4], y), (x, t, y[:4]), (x, t, y + 1), (x[0, 0, 0, 0], t, y), (x, t[0], y)):
         with pytest.raises(Error):
             sampler.predict(*bad)
+    for rows, what in ((x, 5), (x.tolist(), t), (x[:0], t[:0])):
+        with pytest.raises(Error, match=r"want tensors x \[N, 4, 4, 4\] and t \[N\], N at least 1, got"):
+            sampler.predict(rows, what, None)
 
 
 def test_a_model_without_a_null_label_samples_at_scale_1_only():
@@ -393,8 +396,8 @@ def test_a_model_without_a_null_label_samples_at_scale_1_only():
         sampler([1, 2], 2.0)
     with pytest.raises(Error, match="no null label"):
         sampler.predict(torch.zeros(1, *SHAPE), torch.zeros(1), None)
-    outside = sampler_of(model, interval=(1, 2))  # nothing would be guided, so nothing is missing
-    assert torch.equal(outside([1, 2], 2.0), sampler([1, 2]))
+    last = sampler_of(model, interval=(0, 1))  # a scale outside the interval guides nothing, so nothing is missing
+    assert torch.equal(last([1, 2], [[2.0], [2.0], [2.0], [1.0]]), sampler([1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -452,8 +455,16 @@ class Refusing(nn.Module):
         (Fixed(0.0), {"shape": (1, 2, 2)}, "pass null_label="),
         (Fixed(0.0), {"null_label": 1}, "pass shape="),
         (Fixed(0.0), {"null_label": 1, "shape": (1, 2)}, r"three whole numbers \(C, H, W\)"),
-        (Refusing(), {"null_label": 1, "shape": (1, 2, 2)}, "wants four inputs"),
-        (nn.Bilinear(2, 2, 2), {"null_label": 1, "shape": (1, 2, 2)}, r"could not be called as module\(x"),
+        (Refusing().eval(), {"null_label": 1, "shape": (1, 2, 2)}, "wants four inputs"),
+        (nn.Bilinear(2, 2, 2).eval(), {"null_label": 1, "shape": (1, 2, 2)}, r"could not be called as module\(x"),
+        (small_dit(), {"num_classes": 7}, "num_classes 7 asked, but the model's label table has rows 0..5"),
+        (Denoiser(small_dit(), SHAPE, CLASSES, 7), {}, "num_classes 7 asked, but"),
+        (small_dit(), {"num_classes": "5"}, "num_classes must be a whole number of at least 1, got '5'"),
+        (Fixed(0.0).eval(), {"null_label": 1, "shape": (1, 2, 2), "num_classes": 2.5}, "num_classes must be .* got 2.5"),
+        (Fixed(0.0).eval(), {"null_label": 1, "shape": (1, 2, 2), "num_classes": 0}, "num_classes must be .* got 0"),
+        (small_dit(), {"classifier_guidance": nn.Linear(1, 1)}, r"fastcfg.ClassifierGuidance, got Linear: want .*\(module\)"),
+        (small_dit(), {"classifier_guidance": "fashion-mnist"}, "fastcfg.ClassifierGuidance, got str"),
+        (small_dit(), {"shape": [4, 8, 8]}, r"shape \(4, 8, 8\) asked, but the model's samples are \(4, 4, 4\)"),
     ],
     ids=lambda value: None if isinstance(value, nn.Module) else str(value),
 )
@@ -468,6 +479,44 @@ def test_a_model_without_values_is_refused():
     for engine in ("reference", "cpu"):
         with pytest.raises(Error, match="weights are on the meta device"):
             sampler_of(model, engine=engine)
+
+
+def test_a_module_in_training_mode_is_refused_before_its_trial():
+    """The trial's zeros would become part of a normalisation's statistics."""
+
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, x, t, y):
+            return self.norm(x)
+
+    module = Normalised()
+    module.norm.running_mean.fill_(3.0)
+    for whole in (True, False):
+        module.train(whole)
+        module.norm.train()  # a part of it is enough
+        with pytest.raises(Error, match=r"model.eval\(\)"):
+            sampler_of(module, null_label=1, shape=(2, 4, 4))
+        assert module.norm.running_mean.tolist() == [3.0, 3.0]
+        assert module.norm.num_batches_tracked == 0
+    sampler_of(module.eval(), null_label=1, shape=(2, 4, 4))
+
+
+@pytest.mark.parametrize("shape", [[1, 2, 2], np.array([1, 2, 2]), torch.Size([1, 2, 2])])
+def test_a_shape_is_any_three_numbers(shape):
+    assert sampler_of(Fixed(0.0).eval(), null_label=1, shape=shape).model.shape == (1, 2, 2)
+    known = Denoiser(Fixed(0.0).eval(), shape, 1, 1, learned_variance=True)
+    assert sampler_of(known).predict(torch.zeros(1, 1, 2, 2), torch.zeros(1), [0]).shape == (1, 2, 2, 2)
+
+
+def test_a_dits_null_label_may_be_made_a_label():
+    sampler = sampler_of(small_dit(), num_classes=CLASSES + 1)
+    x, t = torch.randn(2, *SHAPE), torch.tensor([3, 700])
+    assert torch.equal(sampler.predict(x, t, [CLASSES, CLASSES]), sampler.predict(x, t, None))
+    with pytest.raises(Error, match="label 5 is out of range"):
+        sampler_of(small_dit(), num_classes=CLASSES)([CLASSES])
 
 
 class OneLinear(nn.Module):

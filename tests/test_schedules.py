@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastcfg import Error, Schedule, schedule
-from fastcfg.schedules import SCHEDULES, schedule_from_json, timesteps
+from fastcfg.schedules import SCHEDULES, schedule_from_json, stored_schedule, timesteps
 
 GOLDEN = Path(__file__).parent / "golden" / "dit_tiny.expected.safetensors"
 mpmath.mp.dps = 40
@@ -134,6 +135,24 @@ def test_json_round_trip(name, parameters):
     assert (again.sigma == made.sigma).all()
     assert parameters.items() <= made.to_json().items()
     assert schedule(made) is made
+    assert stored_schedule(made) == made.to_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"alpha": schedule("cosine").alpha}, "makes another table"),
+        ({"sigma": schedule("cosine").sigma}, "makes another table"),
+        ({"alpha": schedule("linear", T=999).alpha}, "makes another table"),
+        ({"time_offset": 1.0}, "makes another table"),
+        ({"name": "mine"}, "'mine' cannot be stored.*known are linear"),
+        ({"parameters": {"T": 1000, "betas": 3}}, "does not take these parameters"),
+        ({"parameters": {"T": np.zeros(3)}}, "not JSON serializable"),
+    ],
+)
+def test_a_schedule_that_its_parameters_do_not_make_is_not_stored(changes, says):
+    with pytest.raises(Error, match=says):
+        stored_schedule(replace(schedule("linear"), **changes))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +229,7 @@ def test_dit_spacing_rounds_halves_to_even():
     assert timesteps("dit", 1000, 250)[:4].tolist() == [999, 995, 991, 987]
 
 
-@pytest.mark.parametrize(("steps", "stride"), [(50, 20), (100, 10), (250, 4), (25, 40), (1000, 1), (48, 21), (1, 1000)])
+@pytest.mark.parametrize(("steps", "stride"), [(50, 20), (100, 10), (250, 4), (25, 40), (1000, 1), (48, 21)])
 def test_ddim_spacing(steps, stride):
     assert timesteps("ddim", 1000, steps)[::-1].tolist() == list(range(0, 1000, stride))
 
@@ -224,7 +243,7 @@ def test_ddim_spacing_without_a_stride_names_what_would_do():
     assert str(above) in str(caught.value)
 
 
-COUNTS = [1, 3, 7, 20, 50, 333, 1000]
+COUNTS = [2, 3, 7, 20, 50, 333, 1000]
 
 
 @pytest.mark.parametrize("steps", COUNTS)
@@ -239,9 +258,18 @@ def test_leading_trailing_and_linspace_whole(steps):
 @pytest.mark.parametrize("steps", COUNTS)
 def test_linspace_fractional(steps):
     got = timesteps("linspace", 1000, steps, fractional=True)
-    want = [float(Fraction(999 * i, max(steps - 1, 1))) for i in range(steps)][::-1]
+    want = [float(Fraction(999 * i, steps - 1)) for i in range(steps)][::-1]
     np.testing.assert_allclose(got, want, rtol=1e-14)
     assert (timesteps("trailing", 1000, steps, fractional=True) == timesteps("trailing", 1000, steps)).all()
+
+
+@pytest.mark.parametrize("spacing", ["dit", "ddim", "leading", "linspace"])
+@pytest.mark.parametrize("fractional", [True, False])
+def test_one_step_from_timestep_0_is_refused(spacing, fractional):
+    with pytest.raises(Error, match=f"spacing '{spacing}' with 1 step keeps only timestep 0.*use 'trailing'"):
+        timesteps(spacing, 1000, 1, fractional=fractional)
+    assert timesteps("trailing", 1000, 1, fractional=fractional).tolist() == [999]
+    assert timesteps([0], 1000, 1, fractional=fractional).tolist() == [0]  # asked for by itself
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20, 60])

@@ -146,6 +146,46 @@ def test_what_could_not_be_judged_is_refused_before_it_is_sampled(spec, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("afile", "afile is not a folder"),
+        ("afile/sweep", "afile is not a folder"),
+        ("/proc/sw", "cannot write /proc/sw: "),
+        ("x" * 300, "File name too long"),
+        ("s3://bucket/sweep", "a sweep is kept in a local folder"),
+        (".", "holds other things"),
+    ],
+)
+def test_out_is_refused_before_anything_is_loaded(out, message, spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").touch()
+    spec.rename(tmp_path / "spec.toml")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(sweep.m, "load_network", lambda *_: pytest.fail("the network was loaded"))
+    with pytest.raises(Error, match=message):
+        run_sweep("spec.toml", out, progress=False)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(spec, tmp_path):
+    (tmp_path / "out").symlink_to("/nowhere")
+    with pytest.raises(Error, match=r"cannot write in .*out: File exists"):
+        sweep._freeze(spec, tmp_path / "out")
+
+
+def test_settings_that_differ_in_the_last_digits_are_other_points(spec):
+    text = spec.read_text().replace("[false, [0, 600]]", "[[100.0001, 999], [100.0002, 999]]\nrescale = [0.7, 0.70000001]")
+    spec.write_text(text.replace("scales = [1.0, 3.0]", "scales = [3.0, 3.0000001]"))
+    found = Sweep.from_toml(spec)
+    want = [(lo, phi) for lo in ("100.0001", "100.0002") for phi in ("0.7", "0.70000001")]
+    assert list(found.jobs) == [f"ddim-2-interval-{lo}-999-rescale-{phi}" for lo, phi in want]
+    model = fastcfg.load("fashion-mnist")
+    points = [settings for job in found.jobs.values() for settings in sweep._settings(job, model)]
+    assert len({sweep._key(settings) for settings in points}) == len(points) == 8
+    assert {float(settings["scale"]) for settings in points} == {3.0, 3.0000001}
+
+
 def test_another_sweep_in_the_folder_is_refused(spec, whole):
     spec.write_text(spec.read_text().replace("[1.0, 3.0]", "[1.0, 4.0]"))
     with pytest.raises(Error, match="holds another sweep"):

@@ -161,6 +161,8 @@ def test_another_run_is_not_continued(data: Path, tmp_path: Path) -> None:
         ({"validation": 1600}, "cannot hold 1600 images out of 1600"),
         ({"schedule": "sigmoid"}, "unknown schedule 'sigmoid'"),
         ({"lr": -1.0}, "lr must lie in"),
+        ({"seed": -1}, "seed must be a whole number in 0..4294967295, got -1"),
+        ({"seed": 2**32}, "seed must be a whole number in 0..4294967295, got 4294967296"),
         ({"threads": 0}, "--threads must be at least 1"),
     ],
 )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch import Tensor, nn
 
 import fastcfg
 from fastcfg.cli import main
@@ -165,6 +172,84 @@ def test_command_leaves_a_model_that_samples_its_classes(tmp_path: Path) -> None
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.usefixtures("data")
+def test_model_without_null_label_is_shown_at_scale_1(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, flags(tmp_path, images=32, label_dropout=0.0, sample_every=2))
+    assert result.exit_code == 0, result.output
+    assert {"samples-000002.png", "samples-000004.png"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert fastcfg.load(tmp_path / "run" / "model.safetensors").null_label is None
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("no compiler here\nand much more")
+
+
+def _broken_backward(model: nn.Module) -> Callable[..., Tensor]:
+    def forward(*inputs: Tensor) -> Tensor:
+        output = model(*inputs)
+        output.register_hook(_fail)
+        return output
+
+    return forward
+
+
+@pytest.mark.parametrize("compiler", [lambda model: _fail, _broken_backward], ids=["forward", "backward"])
+def test_run_goes_on_as_it_is_where_nothing_can_be_compiled(
+    compiler: Callable[..., object],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """torch compiles at the first call: that is when a missing compiler shows."""
+    plain = trainer(data, tmp_path / "plain", images=32)
+    plain.run()
+    monkeypatch.setattr(torch, "compile", compiler)
+    run = trainer(data, tmp_path / "run", images=32, compile=True)
+    run.run()
+    said = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
+    assert said == ["note: torch.compile is not used: no compiler here"]
+    for (name, a), b in zip(plain.ema.state_dict().items(), run.ema.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    trainer(data, tmp_path / "run", images=32, compile=True).run()
+    assert "compile" not in capsys.readouterr().err, "a run that has ended has nothing to compile"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 20_000_000_000, 0.5, True])
+def test_seed_out_of_range_is_refused(seed: object) -> None:
+    with pytest.raises(fastcfg.Error, match=rf"seed must be a whole number in 0\.\.4294967295, got {seed}"):
+        TrainConfig(seed=seed)  # type: ignore[arg-type]
+
+
+def test_largest_seed_trains(data: Path, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", images=16, seed=2**32 - 1)
+    run.run()
+    assert run.step == 2
+
+
+HEADER = b"step,images,loss,lr,images_per_second\n"
+LOGS = {
+    "step no number": (HEADER + b"1,8,0.9,0.1,5\nx,16,0.8,0.1,5\n3,24,0.7,0.1,5\n", "'x', '16'"),
+    "loss no number": (HEADER + b"1,8,?,0.1,5\n", "'?'"),
+    "row cut short": (HEADER + b"1,8,0.9\n", "'0.9', None"),
+    "row too long": (HEADER + b"1,8,0.9,0.1,5,6\n", "'6'"),
+    "other columns": (b"step,loss\n1,0.9\n", "one number for each of step, images"),
+    "no text": (HEADER + b"1,8,\xff\n", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", LOGS)
+def test_log_that_cannot_be_read_is_refused_and_kept(case: str, data: Path, tmp_path: Path) -> None:
+    content, word = LOGS[case]
+    run = trainer(data, tmp_path / "run")
+    run.log_path.write_bytes(content)
+    with pytest.raises(fastcfg.Error) as caught:
+        run.run()
+    assert all(part in str(caught.value) for part in (str(run.log_path), word)), str(caught.value)
+    assert run.log_path.read_bytes() == content
+    assert [path.name for path in run.out.iterdir()] == ["log.csv"]
+
+
 def test_constant_and_cosine_rates() -> None:
     cosine = TrainConfig(images=12_800, batch=128, warmup=10, lr=1.0)
     constant = TrainConfig(images=12_800, batch=128, warmup=10, lr=1.0, rate="constant")
@@ -195,8 +280,137 @@ def test_idx_folder_and_image_folder_hold_the_same(tmp_path: Path) -> None:
     assert b.label_names == ("class0", "class1")
 
 
-def test_cut_idx_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + np.array([2, 4, 4], ">u4").tobytes() + bytes(31))
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + np.array([2], ">u4").tobytes() + bytes(2))
-    with pytest.raises(fastcfg.Error, match="cut short"):
-        load_data(tmp_path)
+def _npz(folder: Path, cut: int = 0, **arrays: object) -> Path:
+    """A data set of four images without its last `cut` bytes."""
+    path = folder / "data.npz"
+    np.savez(path, **{"images": np.zeros((4, 8, 8), np.uint8), "labels": np.arange(4), **arrays})  # type: ignore[arg-type]
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    return path
+
+
+def _flipped(path: Path, at: int) -> Path:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 255
+    path.write_bytes(content)
+    return path
+
+
+def _renamed_npy(folder: Path) -> Path:
+    path = folder / "data.npz"
+    with open(path, "wb") as file:
+        np.save(file, np.zeros((4, 8, 8), np.uint8))
+    return path
+
+
+def _member(folder: Path, content: bytes) -> Path:
+    """An npz whose images are `content`."""
+    path = folder / "data.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", content)
+        with archive.open("labels.npy", "w") as file:
+            np.save(file, np.arange(4))
+    return path
+
+
+def _header(text: str) -> bytes:
+    """An .npy that ends with its header."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def _png(size: int = 64) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size), dtype=np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def _sized(png: bytes, side: int) -> bytes:
+    """The same PNG with another width and height in its header."""
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + png[24:29]
+    return png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
+
+
+def _image(folder: Path, content: bytes) -> Path:
+    (folder / "a").mkdir()
+    (folder / "a" / "x.png").write_bytes(content)
+    return folder
+
+
+def _idx_file(shape: tuple[int, ...], count: int | None = None) -> bytes:
+    """Zeros of `shape`, or `count` of them behind its header."""
+    values = bytes(int(np.prod(shape)) if count is None else count)
+    return bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes() + values
+
+
+def _idx(folder: Path, images: bytes, labels: bytes | None = None, suffix: str = "") -> Path:
+    (folder / f"train-images-idx3-ubyte{suffix}").write_bytes(images)
+    (folder / "train-labels-idx1-ubyte").write_bytes(_idx_file((2,)) if labels is None else labels)
+    return folder
+
+
+def _unlike_gzip(folder: Path) -> Path:
+    packed = _idx(folder, gzip.compress(_idx_file((2, 4, 4))), suffix=".gz")
+    _flipped(packed / "train-images-idx3-ubyte.gz", 15)
+    return packed
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "npz cut short": (lambda d: _npz(d, cut=100), ("data.npz", "cut short")),
+    "npz of other bytes": (lambda d: _flipped(_npz(d), 200), ("data.npz", "CRC")),
+    "npz that is an npy": (_renamed_npy, ("data.npz", "not an npz")),
+    "npz with text for an array": (lambda d: _member(d, b"hello"), ("data.npz", "images must be uint8")),
+    "npz with half a header": (lambda d: _member(d, _header("{'shape': ((")), ("data.npz", "cannot read")),
+    "npz larger than memory": (
+        lambda d: _member(d, _header("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999999,)}\n")),
+        ("data.npz", "cannot read"),
+    ),
+    "npz with a label beyond counting": (lambda d: _npz(d, labels=np.arange(4) + 2**62), ("labels", "4611686018427387904")),
+    "npz with one name": (lambda d: _npz(d, label_names=np.array("a")), ("data.npz", "label_names")),
+    "npz of empty images": (lambda d: _npz(d, images=np.zeros((4, 0, 0), np.uint8)), ("[4, 1, 0, 0]",)),
+    "image of text": (lambda d: _image(d, b"hello"), ("x.png", "cannot identify")),
+    "image cut short": (lambda d: _image(d, _png()[:2000]), ("x.png", "truncated")),
+    "image cut in its header": (lambda d: _image(d, _png()[:40]), ("x.png", "cannot identify")),
+    "image too large": (lambda d: _image(d, _sized(_png(), 60_000)), ("x.png", "exceeds limit")),
+    "gzip of other bytes": (_unlike_gzip, ("train-images-idx3-ubyte.gz", "decompressing")),
+    "gzip cut short": (
+        lambda d: _idx(d, gzip.compress(_idx_file((2, 4, 4)))[:-9], suffix=".gz"),
+        ("train-images-idx3-ubyte.gz", "ended before"),
+    ),
+    "IDX cut short": (lambda d: _idx(d, _idx_file((2, 4, 4), 31)), ("train-images-idx3-ubyte", "cut short")),
+    "IDX without labels": (lambda d: _idx(d, _idx_file((2, 4, 4)), _idx_file((0,))), ("train-labels-idx1-ubyte", "no values")),
+    "IDX without images": (lambda d: _idx(d, _idx_file((0, 4, 4))), ("train-images-idx3-ubyte", "no values")),
+    "IDX of rank 0": (lambda d: _idx(d, _idx_file((2, 4, 4)), _idx_file(())), ("train-labels-idx1-ubyte", "rank 1")),
+    "IDX of sizes that overflow": (lambda d: _idx(d, _idx_file((2**31, 2**31, 4), 0)), ("images-idx3-ubyte", "cut short")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_data_is_one_clear_error(case: str, tmp_path: Path) -> None:
+    make, words = DAMAGED[case]
+    path = make(tmp_path)
+    with pytest.raises(fastcfg.Error) as caught:
+        load_data(path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ["is_file", "is_dir", "iterdir"])
+def test_folder_that_may_not_be_searched_is_an_error(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated, since root may search any folder."""
+    ask = getattr(Path, asked)
+
+    def refuse(path: Path) -> object:
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return ask(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, asked, refuse)
+        with pytest.raises(fastcfg.Error) as caught:
+            load_data(tmp_path)
+    assert str(caught.value) == f"cannot read {tmp_path}: Permission denied"
+
+
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+def test_path_that_is_too_long_is_an_error(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(fastcfg.Error, match=r"x{300}.*: File name too long"):
+        load_data(tmp_path / ("x" * 300 + suffix))

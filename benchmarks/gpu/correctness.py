@@ -124,7 +124,7 @@ def graphs(session: Session) -> None:
     """Replays against plain launches, the caller's generators and streams, and memory over many calls."""
     module = random_dit(**TINY)
     kinds: tuple[dict[str, Any], ...] = (
-        {"eta": 0.5}, {"interval": (100, 600)}, {"solver": "ddpm"}, {"rescale": 0.7, "solver": "dpmpp_2m"},
+        {"eta": 0.5}, {"interval": (0, 600)}, {"solver": "ddpm"}, {"rescale": 0.7, "solver": "dpmpp_2m"},
     )  # fmt: skip
     for options in kinds:
         one = sampler(session, 2, module, "fp32", **options)

@@ -13,7 +13,7 @@ COMMANDS = ("sample", "train", "train-classifier", "verify", "explain", "plot", 
 
 
 class _Commands(click.Group):
-    """Imports a command's file when it is asked for, and turns `fastcfg.Error` into a message and an exit code."""
+    """Imports a command's file when it is asked for, and turns `fastcfg.Error` and SIGINT into a message and an exit code."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -26,6 +26,9 @@ class _Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("\nerror: stopped by SIGINT", err=True)  # on a line of its own, after a progress bar
+            context.exit(130)
         except Error as error:
             click.echo(f"error: {error}", err=True)
             context.exit(getattr(error, "exit_code", 2))

@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from fastcfg import metrics as m
-from fastcfg.engines import find_device
+from fastcfg.devices import find_device
 
 
 @click.command("eval")

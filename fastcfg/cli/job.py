@@ -58,8 +58,12 @@ def status_command(context: click.Context, out: str, verify: bool) -> None:
     _describe(found)
     if found.damaged:
         if verify:
-            set_aside(out, found.damaged)
-            click.echo("damaged files were moved to damaged/; the next `fastcfg job run` computes their units again")
+            moved = set_aside(out, found.damaged)
+            left = [k for k in found.damaged if k not in moved]
+            if moved:
+                click.echo("damaged files were moved to damaged/; the next `fastcfg job run` computes their units again")
+            if left:
+                click.echo(f"not moved: units {_ranges(left)}, which a run is at, or which are damaged no more")
         context.exit(1)
 
 

@@ -14,7 +14,7 @@ from fastcfg.checkpoints import load
 from fastcfg.cli.options import make_sampler, out_path, parse_labels, parse_numbers, sampler_options
 from fastcfg.errors import Error
 from fastcfg.files import check_writable
-from fastcfg.images import SUFFIXES, decode, save_grid, save_npz, save_samples, to_uint8
+from fastcfg.images import SUFFIXES, decode, load_vae, save_grid, save_npz, save_samples, to_uint8
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.sampler import Sampler
 
@@ -51,6 +51,7 @@ def command(
     sampler = make_sampler(model, options)
     if model.latent and vae is None and path.suffix != ".safetensors":
         raise Error(f"{options['checkpoint']} makes latents: pass --vae to decode them, or write .safetensors")
+    decoder = None if vae is None else _decoder(vae, model, path)
     if model.num_classes is None:
         raise Error("this model takes embeddings for labels: use fastcfg.Sampler from Python")
     wanted = parse_labels(labels, count, model.num_classes)
@@ -69,9 +70,18 @@ def command(
         description = {"plan": str(sampler.plan), "checkpoint": str(options["checkpoint"])}
         save_samples(path, samples, torch.tensor(y), torch.tensor(s), seed, description)
     else:
-        pixels = decode(samples, vae) if model.latent and vae is not None else samples
+        pixels = samples if decoder is None else decode(samples, decoder)
         _write_pixels(path, sampler, pixels, wanted, scales, seed)
     click.echo(f"{len(y)} samples in {path}")
+
+
+def _decoder(vae: Path, model: Denoiser, path: Path) -> Any:
+    """The VAE. Raises Error where it would be idle, or is none for this model: before the work, which may take hours."""
+    if not model.latent:
+        raise Error("--vae decodes latents, and this model makes pixels: leave it out")
+    if path.suffix == ".safetensors":
+        raise Error(f"--vae would be idle, since {path.suffix} keeps the latents: leave it out, or write .png or .npz")
+    return load_vae(vae, model.shape[0])
 
 
 def _scales(scale: str | None, w: str | None) -> list[float]:

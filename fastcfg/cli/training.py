@@ -25,7 +25,7 @@ _HELP = {
     "weight_decay": "Decoupled weight decay.",
     "ema": "Decay of the averaged weights.",
     "dtype": "auto (the faster here), fp32 or bf16.",
-    "compile": "Use torch.compile.",
+    "compile": "Use torch.compile where it works here.",
     "seed": "Seed of weights, order, noise and all else that is drawn.",
     "save_every": "Steps between states on disk.",
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastcfg.devices import find_device
 from fastcfg.engines.base import Engine, Request
 from fastcfg.engines.cpu import make_cpu_engine
 from fastcfg.engines.fused_dit import is_plain_dit
@@ -65,14 +66,3 @@ def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str)
 def _best(model: Denoiser, device: torch.device, dtype: str) -> str:
     fused = device.type == "cpu" and dtype != "fp16" and is_plain_dit(model.module)
     return "cpu" if fused else "reference"
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise Error(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

@@ -1,9 +1,10 @@
 """Batch jobs: many samples, in units that survive crashes, computed by one machine or many.
 
 `run("spec.toml", "out")` begins a job or goes on with it, `status("out")` says how far it is, and `open("out")` reads its
-samples. docs/jobs.md has the promises.
+samples; `export.export` writes them for other tools. docs/jobs.md has the promises.
 """
 
+from fastcfg.jobs import export
 from fastcfg.jobs.dataset import open
 from fastcfg.jobs.errors import DamagedError, JobError, StoppedError
 from fastcfg.jobs.job import Job, open_job
@@ -23,6 +24,7 @@ __all__ = [
     "all_units",
     "check_unit",
     "compute",
+    "export",
     "get_unit",
     "open",
     "open_job",

@@ -17,7 +17,7 @@ class JobError(Error):
 
 
 class StoppedError(Error):
-    """SIGINT or SIGTERM ended the run, between units. Exit code 130 or 143, as shells count signals."""
+    """SIGINT or SIGTERM ended a run, between units, or an export. Exit code 130 or 143, as shells count signals."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or f"stopped by {signal.Signals(signum).name}")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,9 +23,10 @@ from tqdm import tqdm
 from fastcfg.errors import Error
 from fastcfg.files import check_writable
 from fastcfg.jobs.dataset import image_layout
-from fastcfg.jobs.errors import JobError
+from fastcfg.jobs.errors import JobError, StoppedError
 from fastcfg.jobs.job import Job, open_job
-from fastcfg.jobs.run import status
+from fastcfg.jobs.run import signals, status
+from fastcfg.jobs.stores import looks_remote
 from fastcfg.jobs.units import Arrays, all_units, read_unit
 
 
@@ -52,7 +52,8 @@ def export(
     alone, so name the scale for them.
 
     Every unit is checked, byte for byte, as it is read. The same job gives the same bytes. `path` must not exist, and
-    appears when it is whole. Raises Error before anything is written, JobError where it cannot be.
+    appears when it is whole. Raises Error before anything is written, JobError where it cannot be, and StoppedError after
+    SIGINT or SIGTERM.
     """
     job, path = open_job(out), Path(path)
     if format not in _WRITERS:
@@ -67,6 +68,7 @@ def export(
         raise Error(f"{found}: run the job to its end before it is exported")
     N = job.spec.samples // len(job.spec.scales) * len(scales)
     with (
+        signals(),
         tqdm(total=N, desc="export", unit="image", file=sys.stderr, disable=not progress) as bar,
         _appearing(path) as temporary,
     ):
@@ -196,7 +198,7 @@ def _check_pixels(job: Job) -> None:
 
 
 def _check_path(path: Path) -> None:
-    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):
+    if looks_remote(path):
         raise Error(f"cannot write {path}: exports are written to local paths")
     if os.path.lexists(path):
         raise Error(f"{path} exists: remove it, or give another path to export to")
@@ -224,8 +226,11 @@ def _appearing(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)
     except OSError as error:
         raise JobError(f"cannot write {path}: {error.strerror or error}: nothing of it was kept") from error
+    except StoppedError as stop:
+        raise StoppedError(stop.signum, f"{stop}: nothing of {path} was kept") from None
     finally:
-        if temporary.is_dir():
+        if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # nothing is there, or its name is longer than names may be
+                temporary.unlink()

@@ -15,6 +15,7 @@ from fastcfg.checkpoints import SHIPPED, load
 from fastcfg.engines import DTYPES, Engine
 from fastcfg.engines.choice import machine
 from fastcfg.errors import Error
+from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.spec import Spec, frozen
 from fastcfg.jobs.store import Store
 from fastcfg.jobs.stores import open_store
@@ -104,7 +105,7 @@ def processor(device: str) -> str:
 
 
 def open_job(out: str | Path | Store, weights: Mapping[str, str] | None = None) -> Job:
-    """The job at `out`. Raises Error where there is none, or where job.json is damaged.
+    """The job at `out`. Raises Error where there is none, or where job.json is damaged or cannot be read.
 
     weights: `Spec.weights` as they are now, if they are no longer where they were when the job began.
     """
@@ -121,6 +122,10 @@ def open_job(out: str | Path | Store, weights: Mapping[str, str] | None = None) 
         job = replace(job, spec=spec.moved(weights or {}))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Error(f"no job at {store.url}: want a folder that `fastcfg job run` wrote to") from error
+    except PermissionError as error:
+        raise JobError(f"cannot read {store.url}/job.json: {error.strerror}") from error
+    except OSError as error:
+        raise Error(f"cannot read {store.url}/job.json: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Error(
             f"{store.url}/job.json is damaged ({error}): remove it and run the job's spec again; units that fit it stay"

@@ -44,9 +44,19 @@ class LocalStore:
             raise Error(f"cannot read the folder {self.root}: {error.strerror}") from error
 
     def sizes(self, folder: str) -> dict[str, int]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root / folder) as entries:
-            return {e.name: e.stat().st_size for e in entries if not e.name.startswith(".")}
-        return {}
+        found: dict[str, int] = {}
+        try:
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    # One that is gone by now, or is a link to nowhere, hides no other.
+                    with contextlib.suppress(OSError):
+                        if not entry.name.startswith("."):
+                            found[entry.name] = entry.stat().st_size
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise JobError(f"cannot read the folder {self.root / folder}: {error.strerror}") from error
+        return found
 
     def size(self, name: str) -> int | None:
         try:

@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastcfg.jobs.stores import open_store
 from fastcfg.jobs.units import Unit, all_units, check_unit, get_unit, unit_bytes
 from fastcfg.jobs.worker import Outcome, Runner, Sampled
 
-ATTEMPTS = 3
+LIMITS = {"failed": 3, "lost": 5}  # times of a unit; more for a worker's end, which may be its machine's fault
 POLL_SECONDS = 1.0  # between looks at units that another run computes
 
 
@@ -67,10 +67,11 @@ def run(
 
     spec: a Spec, or the path of a TOML file. devices: "cpu" or GPUs ("0,1"); None for the kind the job was begun on, every
     GPU, or the CPU. workers: processes on the CPU, 1 unless given. ray: "auto" or a cluster's address, to run there.
-    Raises Error for bad input, before any work; StoppedError after SIGINT or SIGTERM; JobError where units failed
-    three times each (once all others are done), or where `out` cannot be written to.
+    Raises Error for bad input, before any work; StoppedError after SIGINT or SIGTERM; JobError where units failed three times
+    each, or their worker ended five times before they were written (once all others are done), where `out` cannot be written
+    to, or where units are gone at the end that were there before.
     """
-    with _signals():
+    with signals():
         path = None if isinstance(spec, Spec) else Path(spec)
         asked = Spec.from_toml(path) if path is not None else spec
         assert isinstance(asked, Spec)
@@ -94,21 +95,42 @@ def status(out: str | Path, verify: bool = False, progress: bool = False) -> Sta
     if not verify:
         return found
     whole = [get_unit(job.spec, k) for k in found.done]
+    changed, gone = {}, []
     with tqdm(whole, "verify", unit="unit", file=sys.stderr, disable=not progress) as units:
-        changed = {unit.k: reason for unit in units if (reason := check_unit(job, unit)) is not None}
+        for unit in units:
+            try:
+                if (reason := check_unit(job, unit)) is not None:
+                    changed[unit.k] = reason
+            except FileNotFoundError:  # set aside by another since it was listed
+                gone.append(unit.k)
     return replace(
         found,
-        done=tuple(k for k in found.done if k not in changed),
-        images=found.images - sum(get_unit(job.spec, k).size for k in changed),
+        done=tuple(k for k in found.done if k not in changed and k not in gone),
+        images=found.images - sum(get_unit(job.spec, k).size for k in (*changed, *gone)),
+        missing=tuple(sorted((*found.missing, *gone))),
         damaged=dict(sorted({**found.damaged, **changed}.items())),
     )
 
 
-def set_aside(out: str | Path, damaged: dict[int, str]) -> None:
-    """Moves the files of damaged units to the job's folder `damaged`, so that the next run computes them again."""
-    job = open_job(out)
+def set_aside(out: str | Path, damaged: Iterable[int]) -> tuple[int, ...]:
+    """Moves the files of damaged units to the job's folder `damaged`, so that the next run computes them again.
+
+    Returns the units whose files were moved. A run may have computed others since they were judged, or be at them now:
+    each is claimed and judged again first.
+    """
+    job, moved = open_job(out), []
     for k in damaged:
-        job.store.set_aside(get_unit(job.spec, k).name, "damaged")
+        unit = get_unit(job.spec, k)
+        if not job.store.claim(k):
+            continue
+        try:
+            with suppress(FileNotFoundError):
+                if check_unit(job, unit) is not None:
+                    job.store.set_aside(unit.name, "damaged")
+                    moved.append(k)
+        finally:
+            job.store.release(k)
+    return tuple(moved)
 
 
 def _begin(
@@ -148,6 +170,7 @@ def _on_ray(address: str) -> tuple[Runner, Callable[[Spec], Resolved]]:
 
 
 def _complete(job: Job, runner: Runner, progress: bool) -> Status:
+    job.store.prepare()
     job.store.clean()
     found = _survey(job)
     todo = deque(get_unit(job.spec, k) for k in sorted((*found.missing, *found.damaged)))
@@ -159,11 +182,24 @@ def _complete(job: Job, runner: Runner, progress: bool) -> Status:
                 for event in events:
                     going.note(event)
             going.wait_for_others()
-    if going.failed:
-        named = [f"unit {k} ({reason})" for k, reason in sorted(going.failed.items())]
-        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-        raise JobError(f"{len(named)} units failed {ATTEMPTS} times each: {', '.join(named[:5])}{more}")
-    return replace(_survey(job), computed=going.computed)
+    if going.given_up:
+        raise JobError("; ".join(_named(status, units) for status, units in sorted(going.given_up.items())))
+    found = _survey(job)
+    if not found.complete:
+        gone = [str(k) for k in sorted((*found.missing, *found.damaged))]
+        raise JobError(f"units were moved, removed or cut short while the run was under way: {_first(gone)}")
+    return replace(found, computed=going.computed)
+
+
+def _named(status: str, units: dict[int, str]) -> str:
+    """The units that were tried as often as they may be, and why each did not come about."""
+    how = {"failed": "failed", "lost": "lost their worker"}[status]
+    reasons = [f"unit {k} ({reason})" for k, reason in sorted(units.items())]
+    return f"{len(units)} units {how} {LIMITS[status]} times each: {_first(reasons)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass
@@ -176,8 +212,8 @@ class _Run:
     done_units: int
     done_images: int
     computed: int = 0
-    failed: dict[int, str] = field(default_factory=dict)
-    _attempts: Counter[int] = field(default_factory=Counter)
+    given_up: dict[str, dict[int, str]] = field(default_factory=dict)  # by status, with the reason
+    _tries: Counter[tuple[str, int]] = field(default_factory=Counter)
     _elsewhere: list[Unit] = field(default_factory=list)
     _under_way: Counter[int] = field(default_factory=Counter)  # samples of each unit that is not written yet
 
@@ -202,14 +238,12 @@ class _Run:
                 self._done(unit)
             case "claimed":
                 self._elsewhere.append(unit)
-            case "lost":
-                self.todo.append(unit)
-            case "failed":
-                self._attempts[unit.k] += 1
-                if self._attempts[unit.k] < ATTEMPTS:
+            case "failed" | "lost":
+                self._tries[event.status, unit.k] += 1
+                if self._tries[event.status, unit.k] < LIMITS[event.status]:
                     self.todo.append(unit)
                 else:
-                    self.failed[unit.k] = event.error
+                    self.given_up.setdefault(event.status, {})[unit.k] = event.error
             case _:
                 raise JobError(event.error)
         self._show()
@@ -262,7 +296,7 @@ def _remaining(job: Job) -> str:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise StoppedError, once: what comes after is the ending. Only a main thread hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -191,7 +191,8 @@ class Spec:
             raise self.refused("guidance_channels", f"guidance_channels {self.guidance_channels} asked, but samples have {C}")
         if model.null_label is None and self.classifier is None and any(scale != 1 for scale in self.scales):
             raise self.refused("scales", "the model has no null label (trained without label dropout): want scales = [1.0]")
-        self.checked("steps", lambda: self.make_plan(model))
+        self.checked("steps", lambda: replace(self, interval=None).make_plan(model))
+        self.checked("interval", lambda: self.make_plan(model))
 
     def make_plan(self, model: Denoiser) -> Plan:
         """What `model` is asked step by step."""

@@ -1,4 +1,6 @@
-"""Where a job's files are: a local folder, or (`fastcfg.jobs.remote`) one of an object store. Files appear whole or not at all.
+"""Where a job's files are: a local folder, or one of an object store (`fastcfg.jobs.remote_store`).
+
+Files appear whole or not at all.
 
 job.json      what the job is, frozen when it began
 spec.toml     the spec as it was given, for people

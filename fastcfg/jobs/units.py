@@ -67,13 +67,13 @@ def compute(sampler: Sampler, spec: Spec, unit: Unit, on_batch: Callable[[int], 
     index, which = np.divmod(i, len(spec.scales))
     classes = sampler.model.num_classes
     labels = index % classes if spec.labels == "balanced" else np.asarray(spec.labels, np.int64)[index]
-    scales = np.asarray(spec.scales, np.float32)[which]
+    scales = np.asarray(spec.scales, np.float64)[which]  # as a Sampler takes them: a classifier's act in float64
     seeds = np.full(unit.size, spec.seed, np.int64)
     kind = "scale" if spec.classifier is None else "classifier_scale"
     given = {kind: torch.from_numpy(scales), "seeds": seeds.tolist(), "indices": index.tolist()}
     x = sampler(torch.from_numpy(labels), **given, on_batch=on_batch)  # type: ignore[arg-type]
     images = to_uint8(x) if spec.output == "uint8" else x.cpu().numpy()
-    return {"labels": labels, "seeds": seeds, "indices": index, "scales": scales, "images": images}
+    return {"labels": labels, "seeds": seeds, "indices": index, "scales": scales.astype(np.float32), "images": images}
 
 
 def encode(job: Job, unit: Unit, arrays: Arrays) -> list[Buffer]:

@@ -29,8 +29,9 @@ class Outcome:
     """What became of a unit. status:
 
     "written": computed and on disk. "present": found there, written by another run. "claimed": another run is at it.
-    "lost": its worker ended before it was this unit's turn, or before it was written. "failed": tried in vain; counts as an
-    attempt. "stop": the store cannot be written to, so nothing else can be done either. error: why, for the last two.
+    "lost": its worker ended before it was this unit's turn, or before it was written. "failed": tried in vain. Either is tried
+    again, up to a number of times of its own. "stop": the store cannot be written to, so nothing else can be done either.
+    error: why, for the last three.
     """
 
     unit: Unit

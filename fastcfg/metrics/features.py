@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastcfg.engines.choice import memory_path
 from fastcfg.errors import Error
-from fastcfg.files import replacing
+from fastcfg.files import is_file, replacing
 from fastcfg.metrics.frechet import Moments, moments
 from fastcfg.metrics.networks import FeatureNetwork
 from fastcfg.metrics.sources import Images, from_arrays, open_images
@@ -85,7 +85,7 @@ def open_reference(where: str | Path, network: FeatureNetwork, on_batch: OnBatch
     then the statistics serve the Frechet distance and the images everything else, as in ADM's evaluator.
     """
     path = Path(where)
-    statistics = read_statistics(path, network) if path.suffix == ".npz" and path.is_file() else None
+    statistics = read_statistics(path, network) if path.suffix == ".npz" and is_file(path) else None
     if statistics is not None and (statistics.features is not None or not _has_images(path)):
         return statistics
     reference = reference_of(open_images(where), network, on_batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.files import read_pickle, read_safetensors
+from fastcfg.files import is_file, read_pickle, read_safetensors
 from fastcfg.metrics.fashion_cnn import fashion_cnn_bytes, load_fashion_cnn
 from fastcfg.metrics.inception import build_inception
 
@@ -46,7 +46,7 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Featur
     if str(name) in SHIPPED:
         return _fashion_cnn(where)
     path = Path(name)
-    if not path.is_file():
+    if not is_file(path):
         raise Error(f"no feature network at '{path}': want {WANTED}")
     if path.suffix == ".safetensors":
         return _inception(path, read_safetensors(path)[0], where)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fastcfg.errors import Error
+from fastcfg.files import is_dir, is_file
 from fastcfg.training.data import load_data
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -67,17 +68,17 @@ def open_images(where: str | Path, scale: float | None = None) -> Images:
     """The images at `where`: see `WANTED`. scale: which one of a job that has several."""
     path, split = _split(str(where))
     if split is not None:
-        if not any(path.glob("*-idx3-ubyte*")):
+        if not is_dir(path) or not any(path.glob("*-idx3-ubyte*")):
             raise Error(f"{where}: only a folder of IDX files has splits, and {path} is none")
         data = load_data(path, split)
         return from_arrays(data.images.transpose(0, 2, 3, 1), data.labels, str(where))
-    if (path / "job.json").is_file() or "://" in str(where):
+    if "://" in str(where) or is_file(path / "job.json"):
         return _from_job(str(where), scale)
     if scale is not None:
         raise Error(f"--scale picks samples of a job's folder, and {where} is none")
-    if path.is_file() and path.suffix == ".npz":
+    if path.suffix == ".npz" and is_file(path):
         return _from_npz(path)
-    if path.is_dir():
+    if is_dir(path):
         return _from_folder(path)
     raise Error(f"no images at {where}: want {WANTED}")
 
@@ -104,7 +105,7 @@ def _from_job(where: str, scale: float | None) -> Images:
     scales = sorted(set(dataset.scales.tolist()))
     if scale is None and len(scales) > 1:
         raise Error(f"{where} has samples at the scales {', '.join(f'{s:g}' for s in scales)}: pick one with --scale")
-    rows = np.arange(len(dataset)) if scale is None else np.flatnonzero(np.isclose(dataset.scales, scale))
+    rows = np.arange(len(dataset)) if scale is None else np.flatnonzero(dataset.scales == np.float32(scale))
     if not len(rows):
         raise Error(f"{where} has no samples at scale {scale:g}, only at {', '.join(f'{s:g}' for s in scales)}")
 
@@ -161,7 +162,7 @@ def _image_header(path: Path, file: IO[bytes]) -> tuple[int, ...]:
 
 def _from_folder(folder: Path) -> Images:
     """Labels are the names of the images' folders where all of those are numbers."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and is_file(p))
     if not files:
         hint = f": for IDX files name the split, {folder}:test or {folder}:train" if any(folder.glob("*-idx3-ubyte*")) else ""
         raise Error(f"{folder} holds no images ({', '.join(SUFFIXES)}){hint or ', nor a job'}")

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcfg.devices import find_device
 from fastcfg.errors import Error
 from fastcfg.files import read_safetensors, write_safetensors
 from fastcfg.models.dit import TimestepEmbedder
-from fastcfg.schedules import Schedule, schedule_from_json
+from fastcfg.schedules import Schedule, schedule_from_json, stored_schedule
 
 SHIPPED = ("fashion-mnist",)
 FORMAT = "fastcfg-classifier-1"
@@ -92,8 +93,15 @@ class Classifier(nn.Module):
 
 
 def save_classifier(classifier: Classifier, path: str | Path, training: Mapping[str, Any]) -> None:
-    """Writes `classifier` as safetensors with all that `load_classifier` needs, and how it was trained; whole or not at all."""
-    described = {"config": asdict(classifier.config), "schedule": classifier.schedule.to_json(), "training": dict(training)}
+    """Writes `classifier` as safetensors with all that `load_classifier` needs, and how it was trained; whole or not at all.
+
+    Raises Error for a schedule that could not be made again from its name and parameters.
+    """
+    described = {
+        "config": asdict(classifier.config),
+        "schedule": stored_schedule(classifier.schedule),
+        "training": dict(training),
+    }
     metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in described.items()}}
     write_safetensors(Path(path), classifier.state_dict(), metadata)
 
@@ -101,12 +109,14 @@ def save_classifier(classifier: Classifier, path: str | Path, training: Mapping[
 def load_classifier(name: str | Path, device: str | torch.device = "cpu") -> Classifier:
     """A classifier ready for `ClassifierGuidance`, in eval mode.
 
-    name: that of the shipped model it guides (`SHIPPED`), or the path of a file that `fastcfg train-classifier` wrote.
-    Raises Error for a file of another kind, one cut short, and weights that do not fit its config.
+    name: that of the shipped model it guides (`SHIPPED`), or the path of a file that `fastcfg train-classifier` wrote. device:
+    as `Sampler` takes it.
+    Raises Error for a file of another kind, one cut short, weights that do not fit its config and a device that is not here.
     """
+    where = find_device(str(device))
     if str(name) in SHIPPED:
         with as_file(files("fastcfg").joinpath(f"assets/{name}-classifier.safetensors")) as path:
-            return load_classifier(path, device)
+            return load_classifier(path, where)
     path = Path(name)
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
@@ -121,5 +131,5 @@ def load_classifier(name: str | Path, device: str | torch.device = "cpu") -> Cla
         classifier.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise Error(f"{path} does not fit its config: {' '.join(str(error).split())}") from error
-    classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier.to(where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return classifier.eval().requires_grad_(False)

@@ -67,6 +67,8 @@ def as_denoiser(
     """`model` as a Denoiser. For a Denoiser or our DiT all is known, and the arguments override; any other module is
     read as far as its `config` tells (diffusers), and tried once on one row, so that what does not fit is said here.
     """
+    if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1):
+        raise Error(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
     if isinstance(model, Denoiser):
         known = model
     elif isinstance(model, DiT):
@@ -80,12 +82,12 @@ def as_denoiser(
         "predicts": predicts,
         "null_label": null_label,
         "num_classes": num_classes,
-        "shape": None if shape is None else _checked_shape(shape),
+        "shape": _checked_shape(known.shape if shape is None else shape),
     }
     described = replace(known, **{name: value for name, value in changes.items() if value is not None})
-    _check_null_label(described)
-    if shape is not None and shape != known.shape:
-        raise Error(f"shape {tuple(shape)} asked, but the model's samples are {known.shape} (C, H, W)")
+    _check_labels(described)
+    if described.shape != tuple(known.shape):
+        raise Error(f"shape {described.shape} asked, but the model's samples are {known.shape} (C, H, W)")
     return described if isinstance(model, (Denoiser, DiT)) else _probe(described)
 
 
@@ -133,21 +135,24 @@ def _checked_shape(shape: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _check_null_label(model: Denoiser) -> None:
-    null = model.null_label
-    if null is None or isinstance(null, Tensor):
-        return
-    if isinstance(null, bool) or not isinstance(null, int) or null < 0:
+def _check_labels(model: Denoiser) -> None:
+    null, count = model.null_label, model.num_classes
+    if null is not None and not isinstance(null, Tensor) and (isinstance(null, bool) or not isinstance(null, int) or null < 0):
         raise Error(f"null_label must be a whole number of at least 0 or a tensor, got {null!r}")
     if isinstance(model.module, DiT):
         rows = model.module.y_embedder.embedding_table.num_embeddings
-        if null >= rows:
+        if isinstance(null, int) and null >= rows:
             raise Error(f"null_label {null} asked, but the model's label table has rows 0..{rows - 1}")
+        if count is not None and count > rows:  # one more than its classes lets the null label be asked for
+            raise Error(f"num_classes {count} asked, but the model's label table has rows 0..{rows - 1}")
 
 
 @torch.no_grad()
 def _probe(model: Denoiser) -> Denoiser:
     """Tries the module on one row of zeros with the null label; learns from its output whether it has variance channels."""
+    from fastcfg.engines.weights import refuse_training  # the engines import this module
+
+    refuse_training(model.module)  # whose normalisations would keep statistics of the zeros
     x = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
     t = torch.zeros(1, dtype=torch.int64, device=model.device)
     null = torch.as_tensor(model.null_label, device=model.device)[None]

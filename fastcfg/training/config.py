@@ -10,12 +10,14 @@ from fastcfg.errors import Error
 from fastcfg.schedules import SCHEDULES
 
 PREDICTIONS = ("eps", "v", "x0", "flow")
+SEEDS = 2**32  # the generators' seeds, of 64 bits, are made of a run's seed and a step
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What any run has. images: how many training images to show in all. rate: "cosine" to zero or "constant", after `warmup`
-    steps. dtype: "auto" times a few steps of each and keeps the faster. save_every: in steps.
+    steps. dtype: "auto" times a few steps of each and keeps the faster. compile: where torch.compile works on this machine.
+    seed: 0..2**32-1. save_every: in steps.
     """
 
     schedule: str = "cosine"
@@ -39,6 +41,8 @@ class RunConfig:
         self._check_range("weight_decay", 0, 1e9)
         if self.warmup < 0:
             raise Error(f"train: warmup must not be negative, got {self.warmup}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < SEEDS:
+            raise Error(f"train: seed must be a whole number in 0..{SEEDS - 1}, got {self.seed!r}")
 
     @property
     def steps(self) -> int:

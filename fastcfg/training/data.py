@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastcfg.errors import Error, missing_extra
 
+MOST_CLASSES = 1_000_000  # where no names say how many there are: one damaged label is not to fill the memory
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FASHION_MNIST_LABELS = (
     "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot",
@@ -27,7 +32,7 @@ class ImageData:
     label_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.shape[2] != self.images.shape[3]:
+        if self.images.ndim != 4 or self.images.shape[2] != self.images.shape[3] or 0 in self.images.shape[1:]:
             raise Error(f"images must be square, [N, C, H, W], got shape {list(self.images.shape)}")
         if len(self.images) != len(self.labels) or not len(self.images):
             raise Error(f"need one label an image: {len(self.images)} images, {len(self.labels)} labels")
@@ -52,9 +57,16 @@ def load_data(path: str | Path, split: str = "train") -> ImageData:
     """Reads `path`: a folder with IDX files (`train-images-idx3-ubyte[.gz]` ...), an npz, or a folder of class folders.
 
     npz: `images` or `arr_0` uint8 [N, H, W, C] or [N, H, W], `labels` or `arr_1` [N], optional `label_names`.
-    split: "train" or "test"; only IDX folders tell them apart.
+    split: "train" or "test"; only IDX folders tell them apart. Raises Error for what is missing, damaged or may not be read.
     """
     path = Path(path)
+    try:
+        return _load(path, split)
+    except OSError as error:  # a folder that may not be searched, a name that is too long
+        raise Error(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+
+
+def _load(path: Path, split: str) -> ImageData:
     if path.is_file() and path.suffix == ".npz":
         return _load_npz(path)
     if not path.is_dir():
@@ -64,18 +76,31 @@ def load_data(path: str | Path, split: str = "train") -> ImageData:
     return _load_folder(path)
 
 
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """One IDX file of bytes (LeCun's format: two zero bytes, type 8, rank, big-endian sizes, data), gzipped or not."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Makes one Error that names `path` of whatever its decoder raises."""
     try:
+        yield
+    except Error:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and Pillow meet damaged bytes with exceptions of any kind
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise Error(f"cannot read {path}: {reason}") from error
+
+
+def _read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
+    """One IDX file of bytes (LeCun's format: two zero bytes, type 8, rank, big-endian sizes, data), gzipped or not."""
+    with _reading(path):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise Error(f"cannot read {path}: {error}") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise Error(f"{path} is not an IDX file of unsigned bytes")
-    shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
-    if values.size != int(np.prod(shape)):
+    start = 4 + 4 * rank
+    if data[:4] != bytes((0, 0, 8, rank)) or len(data) < start:
+        raise Error(f"{path} is not an IDX file of unsigned bytes of rank {rank}")
+    shape = struct.unpack(f">{rank}I", data[4:start])
+    values = np.frombuffer(data, np.uint8, offset=start)
+    if values.size != math.prod(shape):
         raise Error(f"{path} is cut short: its header says {shape}, but {values.size} values follow")
+    if not values.size:
+        raise Error(f"{path} holds no values: its header says {shape}")
     return values.reshape(shape).copy()  # the buffer of the file is read-only
 
 
@@ -87,7 +112,7 @@ def _load_idx(folder: Path, split: str) -> ImageData:
     for kind, found in files.items():
         if not found:
             raise Error(f"{folder} has no {prefix}-{kind}-ubyte or {prefix}-{kind}-ubyte.gz")
-    images, labels = (_read_idx(found[0]) for found in files.values())
+    images, labels = _read_idx(files["images-idx3"][0], 3), _read_idx(files["labels-idx1"][0], 1)
     names = tuple(str(i) for i in range(int(labels.max()) + 1))
     if "fashion" in folder.name.lower() and len(names) == len(FASHION_MNIST_LABELS):
         names = FASHION_MNIST_LABELS
@@ -95,11 +120,12 @@ def _load_idx(folder: Path, split: str) -> ImageData:
 
 
 def _load_npz(path: Path) -> ImageData:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise Error(f"cannot read {path}: {error}") from error
+    with _reading(path), open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise Error(f"{path} is not an npz: no zip archive, or one that is cut short")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}  # what is no array comes as bytes
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
     if images is None or labels is None:
         raise Error(f"{path} must hold images (or arr_0) and labels (or arr_1), but holds {sorted(arrays)}")
@@ -108,7 +134,9 @@ def _load_npz(path: Path) -> ImageData:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
         raise Error(f"{path}: labels must be whole numbers [N], got {labels.dtype} {list(labels.shape)}")
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    names = arrays.get("label_names", np.arange(int(labels.max()) + 1))
+    names = arrays.get("label_names", np.arange(min(int(labels.max()) + 1, MOST_CLASSES)))
+    if names.ndim != 1:
+        raise Error(f"{path}: label_names must be a list, got shape {list(names.shape)}")
     return ImageData(np.ascontiguousarray(images), labels.astype(np.int64), tuple(str(n) for n in names))
 
 
@@ -125,7 +153,7 @@ def _load_folder(folder: Path) -> ImageData:
     labels: list[int] = []
     for label, name in enumerate(classes):
         for file in sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            with Image.open(file) as image:
+            with _reading(file), Image.open(file) as image:
                 pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
             images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
             if images[-1].shape != images[0].shape:

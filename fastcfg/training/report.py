@@ -12,7 +12,7 @@ from fastcfg.sampler import Sampler
 from fastcfg.schedules import schedule
 from fastcfg.training.loop import Trainer, read_log
 
-GRID_SCALES = (1.0, 2.0, 4.0)
+GRID_SCALES = (1.0, 2.0, 4.0)  # of a model with a null label; any other has scale 1 alone
 GRID_CLASSES = 10
 
 
@@ -37,12 +37,13 @@ def report(trainer: Trainer) -> None:
     labels = list(range(min(GRID_CLASSES, trainer.data.num_classes)))
     solver = "euler" if trainer.config.predicts == "flow" else "ddim"
     sampler = Sampler(model, steps=25, solver=solver, batch=len(labels), device="cpu", engine="reference")
-    y = [label for label in labels for _ in GRID_SCALES]
-    s = [scale for _ in labels for scale in GRID_SCALES]
-    samples = sampler(y, s, seeds=0, indices=[i for i in range(len(labels)) for _ in GRID_SCALES])
+    scales = (1.0,) if model.null_label is None else GRID_SCALES
+    y = [label for label in labels for _ in scales]
+    s = [scale for _ in labels for scale in scales]
+    samples = sampler(y, s, seeds=0, indices=[i for i in range(len(labels)) for _ in scales])
     names = [trainer.data.label_names[label] for label in labels]
     path = trainer.out / f"samples-{trainer.step:06d}.png"
-    save_grid(path, to_uint8(samples), names, [f"s = {scale:g}" for scale in GRID_SCALES], f"step {trainer.step}")
+    save_grid(path, to_uint8(samples), names, [f"s = {scale:g}" for scale in scales], f"step {trainer.step}")
     _plot_log(trainer.log_path, trainer.out / "loss.png")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg.errors import Error, missing_extra
+from fastcfg.files import is_file, write_file
 from fastcfg.schedules import schedule
 from fastcfg.training.config import RunConfig
 from fastcfg.training.data import ImageData
@@ -51,7 +54,7 @@ class Run(ABC, Generic[Model]):
         self._schedule = schedule(self.config.schedule)
         self._alpha = torch.from_numpy(self._schedule.alpha).float()
         self._sigma = torch.from_numpy(self._schedule.sigma).float()
-        if self.state_path.is_file():
+        if is_file(self.state_path):
             self.step = load_state(
                 self.state_path,
                 config=self._identity(),
@@ -85,8 +88,9 @@ class Run(ABC, Generic[Model]):
 
     def train(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains to the end, saving every `save_every` steps."""
-        self._choose_arithmetic()
         self._trim_log()
+        if self.step < self.config.steps:  # a run that has ended compiles nothing
+            self._choose_arithmetic()
         start, losses = time.perf_counter(), []
         with self._progress() as bar:
             for step in range(self.step, self.config.steps):
@@ -160,14 +164,27 @@ class Run(ABC, Generic[Model]):
         }
 
     def _choose_arithmetic(self) -> None:
-        """bf16 autocast where a step is faster with it; torch.compile where asked and a compiler is at hand."""
+        """bf16 autocast where a step is faster with it; torch.compile where asked and possible here."""
         if self.config.dtype == "auto":
             seconds = {dtype: self._time_step(dtype) for dtype in (torch.float32, torch.bfloat16)}
             self._dtype = min(seconds, key=lambda dtype: seconds[dtype])
         else:
             self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config.dtype]
         if self.config.compile:
-            self._forward = torch.compile(self.model)
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compiles the model and tries a forward and a backward: torch compiles each when it is first called."""
+        self._forward = torch.compile(self.model)
+        try:
+            with warnings.catch_warnings():  # Dynamo sees that a table of constants is kept, and warns of it
+                warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+                self._loss(0).backward()
+        except Exception as error:  # no compiler, a broken one, a full disk: what is raised is not ours to list
+            self._forward = self.model
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"note: torch.compile is not used: {reason}", file=sys.stderr)
+        self.model.zero_grad(set_to_none=True)
 
     def _time_step(self, dtype: torch.dtype) -> float:
         """Seconds of the shortest of three forwards and backwards."""
@@ -187,12 +204,34 @@ class Run(ABC, Generic[Model]):
         return tqdm(total=self.config.steps, initial=self.step, unit="step", desc="train")
 
     def _trim_log(self) -> None:
-        """Drops log rows past the state that a killed run left, so that no step is logged twice."""
-        rows = read_log(self.log_path) if self.log_path.is_file() else []
-        with open(self.log_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, (*LOG_FIELDS, *self.figure_names))
-            writer.writeheader()
-            writer.writerows(row for row in rows if int(row["step"]) <= self.step)
+        """Drops log rows past the state that a killed run left, so that no step is logged twice.
+
+        Raises Error for a row that is not one number a column, and leaves the log as it was.
+        """
+        names = (*LOG_FIELDS, *self.figure_names)
+        rows = read_log(self.log_path) if is_file(self.log_path) else []
+        kept = [row for row in rows if self._logged_step(row, names) <= self.step]
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(kept)
+
+        write_file(self.log_path, write)
+
+    def _logged_step(self, row: dict[str, str], names: tuple[str, ...]) -> int:
+        try:
+            if tuple(row) != names:
+                raise ValueError("other columns")
+            for value in row.values():
+                float(value)
+            return int(row["step"])
+        except (TypeError, ValueError) as error:  # a row that is cut short has None for what is missing
+            raise Error(
+                f"{self.log_path} has a row that is not one number for each of {', '.join(names)}: "
+                f"{list(row.values())!r:.100}: correct the file or move it away"
+            ) from error
 
     def _append_log(self, loss: float, speed: float) -> None:
         lr, figures = self.config.learning_rate(self.step - 1), (f"{figure:.4f}" for figure in self._figures())
@@ -202,6 +241,9 @@ class Run(ABC, Generic[Model]):
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv, as strings."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a log.csv, as strings. Raises Error for a file that cannot be read."""
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise Error(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error

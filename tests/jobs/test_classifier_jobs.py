@@ -13,12 +13,11 @@ from making import make_job
 
 import fastcfg
 from fastcfg import ClassifierGuidance, Error, jobs
-from fastcfg.images import to_uint8
 from fastcfg.jobs import Spec
 from fastcfg.jobs.job import check_same
 from fastcfg.models.classifier import Classifier, ClassifierConfig, save_classifier
 
-SCALES = (0.0, 2.0)
+SCALES = (0.0, 2.1)  # 2.1 is no float32
 
 
 @pytest.fixture
@@ -41,19 +40,20 @@ def spec(tiny_spec: Spec, write_classifier: Callable[..., Path]) -> Spec:
 
 @pytest.mark.parametrize("base", ["null", "conditional"])
 def test_samples_are_those_of_a_sampler(base: str, spec: Spec, tmp_path: Path) -> None:
-    make_job(replace(spec, classifier_base=base), tmp_path / "out")
+    make_job(replace(spec, classifier_base=base, output="latents"), tmp_path / "out")
     samples = jobs.open(tmp_path / "out")[:]
     assert spec.classifier is not None
     guidance = ClassifierGuidance(fastcfg.load_classifier(spec.classifier), base=base)
     options = spec.sampler_options()
     sampler = fastcfg.Sampler(fastcfg.load(spec.checkpoint), classifier_guidance=guidance, **options)
-    x = sampler(samples.label, classifier_scale=samples.scale, seeds=samples.seed, indices=samples.index)
-    assert np.array_equal(samples.image, to_uint8(x))
+    x = sampler(samples.label, classifier_scale=np.tile(SCALES, 20), seeds=samples.seed, indices=samples.index)
+    assert np.array_equal(samples.image, x.numpy())
+    assert np.array_equal(samples.scale, np.tile(np.float32(SCALES), 20))
     # and the classifier matters: scale 0 is the model's own sample
     unguided = fastcfg.Sampler(fastcfg.load(spec.checkpoint), **options)
     rows = samples.scale == 0
     if base == "conditional":
-        own = to_uint8(unguided(samples.label[rows], 1.0, seeds=samples.seed[rows], indices=samples.index[rows]))
+        own = unguided(samples.label[rows], 1.0, seeds=samples.seed[rows], indices=samples.index[rows]).numpy()
         assert np.array_equal(samples.image[rows], own)
     assert not np.array_equal(samples.image[rows], samples.image[~rows])
 

@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import resource
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crashing import Start
 from making import expected, make_job, make_noise_job
 from PIL import Image
 
@@ -200,6 +203,33 @@ def test_no_room_is_a_job_error_and_nothing_is_left(tmp_path: Path, format: str)
     with _no_file_above(500), pytest.raises(JobError, match=r"cannot write .*x: File too large"):
         export(tmp_path / "out", format, tmp_path / "x", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_name_too_long_is_one_error_and_nothing_is_left(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastcfg.jobs.export.check_writable", lambda _: None)
+    for format in FORMATS:
+        with pytest.raises(JobError, match=r"cannot write .*: File name too long"):
+            export(folder, format, tmp_path / ("x" * 249), progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_of_an_export(start: Start, tmp_path: Path, signum: int, code: int) -> None:
+    make_noise_job(tmp_path / "out", count=30_000, unit_size=10_000, shape=(1, 8, 8))
+    arguments = ["job", "export", str(tmp_path / "out"), "--format", "png", "--out", str(tmp_path / "x")]
+    run = start(arguments, log=tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".x.*.tmp/*/*.png")):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.send(signum)
+    assert run.wait() == code
+    assert f"error: stopped by {signal.Signals(signum).name}: nothing of {tmp_path / 'x'} was kept\n" in run.printed
+    assert "Traceback" not in run.printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
 @contextmanager

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from crashing import Start, unit_hashes
+from making import make_job
 
 from fastcfg.cli import main
+from fastcfg.jobs import Spec, get_unit
+from fastcfg.jobs.local_store import LocalStore
 
 WriteSpec = Callable[..., Path]
 
@@ -81,6 +84,19 @@ def test_damage_is_found_and_computed_again(done: Path, start: Start, tiny_spec_
     assert again.stdout == f"7 of 7 units, 40 of 40 images in {done}\n"
 
 
+def test_damage_that_a_run_is_at_is_left_to_it(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "job"
+    job = make_job(tiny_spec, out)
+    for k in (1, 2):
+        job.store.write(get_unit(job.spec, k).name, [b"half"])
+    monkeypatch.setattr(LocalStore, "claim", lambda _, number: number != 1)
+    result = invoke("job", "status", out, "--verify")
+    assert result.exit_code == 1
+    assert "\ndamaged files were moved to damaged/" in result.output
+    assert "\nnot moved: units 1, which a run is at, or which are damaged no more\n" in result.output
+    assert list(job.store.sizes("damaged")) == ["unit-000002.safetensors"]
+
+
 def test_a_short_file_is_computed_again_without_verifying(done: Path, start: Start, tiny_spec_path: Path) -> None:
     whole = unit_hashes(done)
     (done / "units" / "unit-000004.safetensors").write_bytes(b"")
@@ -117,3 +133,6 @@ def test_out_with_other_things_in_it_is_refused(tiny_spec_path: Path, tmp_path: 
     result = invoke("job", "run", tiny_spec_path, "--out", tiny_spec_path)
     assert result.exit_code == 2
     assert "Not a directory" in result.output
+    result = invoke("job", "run", tiny_spec_path, "--out", "s3:/bucket/job")
+    assert result.exit_code == 2
+    assert "want a local path, or a URL with both its slashes" in result.output

@@ -282,15 +282,17 @@ def test_a_worker_that_cannot_start_ends_the_run(tiny_spec: Spec, tmp_path: Path
         list(run_units(job, all_units(job.spec), ["cpu"]))
 
 
-def failing(k: int, times: int) -> Callable[[Job, Iterable[Unit]], Iterator[Outcome]]:
-    """A runner that writes stand-ins, and fails unit `k` the first `times` times."""
+def failing(
+    k: int, times: int, status: str = "failed", error: str = "RuntimeError: out of memory"
+) -> Callable[[Job, Iterable[Unit]], Iterator[Outcome]]:
+    """A runner that writes stand-ins, and fails unit `k`, or loses it, the first `times` times."""
     left = [times]
 
     def runner(job: Job, missing: Iterable[Unit]) -> Iterator[Outcome]:
         for unit in missing:
             if unit.k == k and left[0]:
                 left[0] -= 1
-                yield Outcome(unit, "failed", "RuntimeError: out of memory")
+                yield Outcome(unit, status, error)
             else:
                 job.store.write(unit.name, [bytes(fastcfg.jobs.units.unit_bytes(job, unit))])
                 yield Outcome(unit, "written")
@@ -305,6 +307,34 @@ def test_a_unit_is_tried_three_times_and_the_rest_is_finished(tiny_spec: Spec, t
     with pytest.raises(JobError, match=r"1 units failed 3 times each: unit 2 \(RuntimeError: out of memory\)"):
         _complete(job, failing(2, 3), progress=False)
     assert status(tmp_path / "thrice").missing == (2,)
+
+
+def test_a_unit_whose_worker_ends_each_time_is_named_and_the_rest_is_finished(tiny_spec: Spec, tmp_path: Path) -> None:
+    how = "its worker was killed by signal 9"
+    job = make_job(tiny_spec, tmp_path / "four times")
+    assert _complete(job, failing(2, 4, "lost", how), progress=False).complete
+    job = make_job(tiny_spec, tmp_path / "five times")
+    with pytest.raises(JobError, match=rf"1 units lost their worker 5 times each: unit 2 \({how}\)"):
+        _complete(job, failing(2, 5, "lost", how), progress=False)
+    assert status(tmp_path / "five times").missing == (2,)
+
+
+def test_a_unit_that_goes_while_others_are_computed_is_an_error(tiny_spec: Spec, tmp_path: Path) -> None:
+    job = make_job(tiny_spec, tmp_path / "job")
+
+    def runner(job: Job, missing: Iterable[Unit]) -> Iterator[Outcome]:
+        yield from failing(0, 0)(job, missing)
+        (tmp_path / "job" / "units" / "unit-000003.safetensors").unlink()
+
+    with pytest.raises(JobError, match=r"moved, removed or cut short while the run was under way: 3$"):
+        _complete(job, runner, progress=False)
+    assert _complete(job, failing(0, 0), progress=False).computed == 1
+
+
+def test_a_lost_folder_of_units_is_made_again(tiny_spec: Spec, tmp_path: Path) -> None:
+    job = make_job(tiny_spec, tmp_path / "job")
+    (tmp_path / "job" / "units").rmdir()
+    assert _complete(job, failing(0, 0), progress=False).computed == 7
 
 
 def test_units_lost_and_claimed_come_back(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,15 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
         assert open_store(out).sizes("units") == {}
 
 
+def test_a_link_to_nowhere_hides_no_unit(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write(UNIT, [b"x"])
+    (tmp_path / "units" / "unit-000001.safetensors.bak").symlink_to("/nowhere")
+    assert store.sizes("units") == {"unit-000003.safetensors": 1}
+    with pytest.raises(JobError, match=r"cannot read the folder .*unit-000003.*Not a directory"):
+        store.sizes(UNIT)
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path)
     store.write(UNIT, [b"old"])
@@ -180,6 +189,24 @@ def test_unknown_protocol_and_missing_backend_are_errors(monkeypatch: pytest.Mon
     open_store(tmp_path).prepare()  # a local path needs none of it
 
 
+@pytest.mark.parametrize("out", ["s3:/bucket/job", Path("s3://bucket/job"), "file:/tmp/job", "GS:/bucket"], ids=str)
+def test_a_url_that_lost_a_slash_is_no_folder(out: str | Path) -> None:
+    with pytest.raises(fastcfg.Error, match=r"cannot open \w+:/[^/].*: want a local path, or a URL with both its slashes"):
+        open_store(out)
+
+
+def test_a_job_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(fastcfg.Error, match=r"cannot read .*xxx/job\.json: File name too long"):
+        open_job(tmp_path / ("x" * 300))
+
+    def locked(*_: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(LocalStore, "read", locked)  # tests may run as root, who is denied nothing
+    with pytest.raises(JobError, match=r"cannot read .*job\.json: Permission denied"):
+        open_job(tmp_path)
+
+
 def test_frozen_spec_comes_back_and_another_is_refused(tiny_spec: Spec, tmp_path: Path) -> None:
     store = open_store(tmp_path / "job")
     asked = replace(tiny_spec, dtype="auto", engine="auto")
@@ -254,7 +281,9 @@ def test_folders_of_other_things_and_damaged_jobs_are_refused(tiny_spec: Spec, t
 def test_jobs_need_neither_ray_nor_fsspec(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules.update(ray=None, fsspec=None, s3fs=None)\n"
-        "import fastcfg.jobs as jobs, fastcfg.cli.job\n"
+        "import fastcfg.jobs as jobs\n"
+        "jobs.export.export  # as docs/jobs.md calls it\n"
+        "import fastcfg.cli.job\n"
         "jobs.open_store(sys.argv[1]).prepare()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "job")], check=True)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from making import make_job
 from safetensors import safe_open
 
 import fastcfg
-from fastcfg.jobs import Job, Spec, all_units, check_unit, compute, get_unit, open_store, read_unit, write_unit
+from fastcfg.jobs import (
+    Job,
+    Spec,
+    Unit,
+    all_units,
+    check_unit,
+    compute,
+    get_unit,
+    open_store,
+    read_unit,
+    set_aside,
+    status,
+    write_unit,
+)
 from fastcfg.jobs.errors import DamagedError
 from fastcfg.jobs.job import freeze, resolve
 from fastcfg.jobs.units import decode, encode, unit_bytes
@@ -158,6 +173,43 @@ def test_missing_unit_and_wrong_number(job: Job) -> None:
         read_unit(job, get_unit(job.spec, 3))
     with pytest.raises(fastcfg.Error, match=r"unit 7 asked, .*0\.\.6"):
         get_unit(job.spec, 7)
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_only_what_is_still_damaged_is_set_aside(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    url = str(tmp_path / "job") if kind == "local" else f"memory://{tmp_path.name}/set aside"
+    job = make_job(tiny_spec, url)
+    names = [get_unit(job.spec, k).name for k in range(5)]
+    whole = [bytes(job.store.read(name)) for name in names]
+    for k in (1, 2, 3, 4):
+        job.store.write(names[k], [whole[0]])
+    found = status(url, verify=True)
+    assert list(found.damaged) == [1, 2, 3, 4]
+    # Then a run computes unit 2 again and is at unit 3, and somebody else sets unit 4 aside.
+    job.store.write(names[2], [whole[2]])
+    real = type(job.store).claim
+    monkeypatch.setattr(type(job.store), "claim", lambda store, number: number != 3 and real(store, number))
+    job.store.set_aside(names[4], "damaged")
+    assert set_aside(url, found.damaged) == (1,)
+    assert set(job.store.sizes("damaged")) == {"unit-000001.safetensors", "unit-000004.safetensors"}
+    assert bytes(job.store.read(names[2])) == whole[2]
+    assert open_store(url).claim(1), "what was judged is still claimed"
+
+
+def test_a_unit_that_goes_while_it_is_verified_is_missing(job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written(job)
+
+    def going(job: Job, unit: Unit) -> str | None:
+        if unit.k == 2:
+            job.store.set_aside(unit.name, "damaged")
+        return check_unit(job, unit)
+
+    monkeypatch.setattr(sys.modules["fastcfg.jobs.run"], "check_unit", going)
+    found = status(tmp_path / "job", verify=True)
+    assert (found.missing, found.damaged, found.images) == ((2,), {}, 34)
+    assert found.done == (0, 1, 3, 4, 5, 6)
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])

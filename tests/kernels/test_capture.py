@@ -27,7 +27,7 @@ def only_loop(one):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"eta": 0.8}, {"rescale": 0.7, "solver": "dpmpp_2m"}, {"solver": "ddpm", "interval": (200, 700)}],
+    [{}, {"eta": 0.8}, {"rescale": 0.7, "solver": "dpmpp_2m"}, {"solver": "ddpm", "interval": (0, 600)}],
     ids=str,
 )
 @pytest.mark.parametrize("given", [False, True])

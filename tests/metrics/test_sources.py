@@ -143,6 +143,9 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
         open_images(tmp_path)
     with pytest.raises(Error, match=r"no images at /nowhere: want an \.npz"):
         open_images("/nowhere")
+    for split in ("", ":test"):
+        with pytest.raises(Error, match=r"cannot reach .*: File name too long"):
+            open_images(f"{tmp_path / ('a' * 300)}{split}")
     (tmp_path / "x.png").write_text("hello")
     with pytest.raises(Error, match=r"cannot read the image .*x\.png"):
         everything(open_images(tmp_path))
