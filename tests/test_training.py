@@ -250,6 +250,15 @@ def test_log_that_cannot_be_read_is_refused_and_kept(case: str, data: Path, tmp_
     assert [path.name for path in run.out.iterdir()] == ["log.csv"]
 
 
+def test_a_log_row_that_a_kill_cut_short_is_dropped(data: Path, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run")
+    run.log_path.write_bytes(HEADER + b"1,8,0.9,0.1,5\r\n2,16,0.")
+    assert [row["step"] for row in read_log(run.log_path)] == ["1"]
+    run.run()
+    steps = [row["step"] for row in read_log(run.log_path)]
+    assert steps == sorted(set(steps), key=int)
+
+
 def test_constant_and_cosine_rates() -> None:
     cosine = TrainConfig(images=12_800, batch=128, warmup=10, lr=1.0)
     constant = TrainConfig(images=12_800, batch=128, warmup=10, lr=1.0, rate="constant")

@@ -241,9 +241,10 @@ class Run(ABC, Generic[Model]):
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log.csv, as strings. Raises Error for a file that cannot be read."""
+    """The rows of a log.csv, as strings. A last line without its end, which a kill or a full disk cut short, is left out: its
+    state was not saved either. Raises Error for a file that cannot be read."""
     try:
         with open(path, newline="") as file:
-            return list(csv.DictReader(file))
+            return list(csv.DictReader(line for line in file if line.endswith("\n")))
     except (OSError, UnicodeError, csv.Error) as error:
         raise Error(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
