@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastcfg
-from fastcfg.images import decode
+from fastcfg.images import decode, load_vae
 from fastcfg.models.classifier import Classifier, ClassifierConfig, save_classifier
 from fastcfg.models.denoiser import Denoiser, describe_dit
 
@@ -545,18 +545,18 @@ def test_decode(batch: int, tmp_path: Path) -> None:
     ).eval()
     vae.save_pretrained(tmp_path)
     latents = inputs()[0]
-    pixels = decode(latents, tmp_path, batch)
+    pixels = decode(latents, load_vae(tmp_path, 4), batch)
     with torch.no_grad():
         want = vae.decode(latents / 0.3).sample
     assert pixels.shape == (3, 3, 16, 16)
     assert (pixels - want).abs().max() <= 1e-5 * want.abs().max()
     with pytest.raises(fastcfg.Error, match="3"):
-        decode(latents[:, :3], tmp_path)
+        load_vae(tmp_path, 3)
 
 
 def test_decode_without_a_vae(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     with pytest.raises(fastcfg.Error, match="nowhere"):
-        decode(inputs()[0], tmp_path / "nowhere")
+        load_vae(tmp_path / "nowhere", 4)
     with pytest.raises(fastcfg.Error, match="AutoencoderKL"):
-        decode(inputs()[0], tmp_path)
+        load_vae(tmp_path, 4)

@@ -99,12 +99,11 @@ def test_the_study_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Two arms, two scales, few samples; a second run samples nothing."""
     monkeypatch.setattr(arms, "REDUCED", (1.0, 3.0))
     monkeypatch.setattr(arms, "STEPS", 2)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     write_idx(tmp_path, "train", 60)
     write_idx(tmp_path, "t10k", 50)
     names = ["CFG", "classifier on conditional"]
     options = argparse.Namespace(
-        data=str(tmp_path), out=tmp_path / "out", samples=20, arms=names, reduced=True, engine="auto", workers=2
+        data=str(tmp_path), out=tmp_path / "out", samples=20, arms=names, reduced=True, engine="auto", workers=1
     )
     study.run(options, tmp_path / "tradeoff.csv")
     rows = read_rows(tmp_path / "tradeoff.csv")
