@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
+from fastcfg.models.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.plan import Plan
 from fastcfg.schedules import Schedule
 

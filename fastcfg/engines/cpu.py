@@ -24,11 +24,11 @@ from fastcfg.engines.cpu_module import CpuModuleEngine
 from fastcfg.engines.cpu_native import cpu_operations, kernels
 from fastcfg.engines.cpu_ops import has_bf16, has_int8, has_packed_products
 from fastcfg.engines.fused_dit import Each, FusedDiT, is_plain_dit, refuse_changed
-from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import Workers, one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT
+from fastcfg.models.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.plan import Plan
 
 JOINED_TOKENS = 256  # rows of fewer tokens than half of this are joined: small products leave a core half idle

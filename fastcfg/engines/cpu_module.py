@@ -14,9 +14,9 @@ from fastcfg.engines.base import Request
 from fastcfg.engines.choice import fastest
 from fastcfg.engines.openvino_module import PRECISIONS, OpenVinoForward, openvino_version
 from fastcfg.engines.reference import ReferenceEngine
-from fastcfg.engines.weights import fingerprint, refuse_stale
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser, call_module
+from fastcfg.models.weights import fingerprint, refuse_stale
 from fastcfg.plan import Plan
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fastcfg.engines.base import Request
 from fastcfg.engines.capture import Lane, StepGraphs, lane_of
 from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit, refuse_changed
-from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.errors import Error
 from fastcfg.kernels._launch import cdiv, gpu_of, interpreted
 from fastcfg.kernels._step import step_table
@@ -35,6 +34,7 @@ from fastcfg.kernels.step_boundary import MAX_VALUES, step_boundary
 from fastcfg.kernels.tuned import table_for
 from fastcfg.models.denoiser import Denoiser, call_module
 from fastcfg.models.dit import DiTConfig
+from fastcfg.models.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.noise import INITIAL_STEP
 from fastcfg.plan import Plan
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastcfg.engines.base import Request
 from fastcfg.engines.classifier import ClassifierTerm
-from fastcfg.engines.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.engines.workers import one_thread
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser, call_module
+from fastcfg.models.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.noise import INITIAL_STEP, normal
 from fastcfg.plan import Plan
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastcfg.errors import Error
 from fastcfg.models.dit import DiT
+from fastcfg.models.weights import refuse_training
 from fastcfg.schedules import Schedule, linear
 from fastcfg.schedules import schedule as find_schedule
 
@@ -150,8 +151,6 @@ def _check_labels(model: Denoiser) -> None:
 @torch.no_grad()
 def _probe(model: Denoiser) -> Denoiser:
     """Tries the module on one row of zeros with the null label; learns from its output whether it has variance channels."""
-    from fastcfg.engines.weights import refuse_training  # the engines import this module
-
     refuse_training(model.module)  # whose normalisations would keep statistics of the zeros
     x = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
     t = torch.zeros(1, dtype=torch.int64, device=model.device)
