@@ -93,8 +93,9 @@ def _here(arguments: argparse.Namespace, known: dict[str, tuple[float, Callable[
         left = end - time.monotonic()
         # A section that runs alone has all the time, and a dry run's times mean nothing
         seconds = left if len(arguments.sections) == 1 or arguments.dry_run else min(known[name][0], left)
-        begin(name, min(seconds * GRACE, left), session.report.path)
-        failures += _run(session, name, known[name][1], seconds, min(seconds * GRACE, left))
+        limit = min(seconds * GRACE, left)
+        begin(name, limit, session.report.path)
+        failures += _run(session, name, known[name][1], seconds, limit)
         if not _usable(session):
             return LOST
     session.report.close()

@@ -19,6 +19,12 @@ _LARGEST = float(np.finfo(np.float32).max)  # a scale is float32 in `Guidance.ta
 Real = TypeVar("Real", np.float32, np.float64)
 
 
+def exact(value: float) -> str:
+    """A number in as few digits as tell it from every other."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 @dataclass(frozen=True)
 class Interval:
     """Guidance only in part of the run (Kynkaanniemi et al. 2404.07724).
@@ -58,7 +64,7 @@ class Interval:
 
     def __str__(self) -> str:
         """As `parse` takes it."""
-        return f"{'sigma:' if self.unit == 'sigma' else ''}{self.lo:g}:{self.hi:g}"
+        return f"{'sigma:' if self.unit == 'sigma' else ''}{exact(self.lo)}:{exact(self.hi)}"
 
     def contains(self, timesteps: Array, noise_ratio: Array) -> NDArray[np.bool_]:
         """Which steps are inside, bool [steps]. timesteps: t; noise_ratio: sigma / alpha; both [steps]."""

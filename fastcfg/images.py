@@ -42,10 +42,11 @@ def load_vae(folder: Path, channels: int) -> Any:
 
 
 def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
-    """Pixels in [-1, 1], [N, 3, 8H, 8W], of latents [N, 4, H, W], by `load_vae`'s.
+    """Pixels in [-1, 1], [N, 3, 8H, 8W], of latents [N, 4, H, W], by `load_vae`'s, which moves to their device.
 
     Latents are divided by the VAE's own scaling factor (0.18215 for DiT's).
     """
+    vae.to(latents.device)
     with torch.no_grad():
         parts = [vae.decode(z / vae.config["scaling_factor"]).sample for z in latents.to(vae.dtype).split(batch)]
     return torch.cat(parts)

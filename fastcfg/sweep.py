@@ -26,6 +26,7 @@ from fastcfg.devices import find_device
 from fastcfg.errors import Error
 from fastcfg.explain import count_flops, count_gradient_flops
 from fastcfg.files import check_writable, write_file
+from fastcfg.guidance import exact
 from fastcfg.jobs import Spec, run
 from fastcfg.jobs.stores import looks_remote
 from fastcfg.jobs.toml import read_table
@@ -140,16 +141,10 @@ def _name(spec: Spec) -> str:
         parts += [
             "interval",
             *(["sigma"] if spec.interval.unit == "sigma" else []),
-            _exact(spec.interval.lo),
-            _exact(spec.interval.hi),
+            exact(spec.interval.lo),
+            exact(spec.interval.hi),
         ]
-    return "-".join(parts + ([f"rescale-{_exact(spec.rescale)}"] if spec.rescale else []))
-
-
-def _exact(value: float) -> str:
-    """A number in as few digits as tell it from every other: by it folders and rows are known."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
+    return "-".join(parts + ([f"rescale-{exact(spec.rescale)}"] if spec.rescale else []))
 
 
 def _check(sweep: Sweep, model: Denoiser, network: m.FeatureNetwork, reference: m.Reference) -> None:
@@ -178,9 +173,9 @@ def _settings(spec: Spec, model: Denoiser) -> Iterator[Row]:
             "classifier": spec.classifier_base or "",
             "solver": spec.solver,
             "steps": str(spec.steps),
-            "interval": "" if at is None else f"{'sigma:' if at.unit == 'sigma' else ''}{_exact(at.lo)}:{_exact(at.hi)}",
-            "rescale": _exact(spec.rescale),
-            "scale": _exact(scale),
+            "interval": "" if at is None else str(at),
+            "rescale": exact(spec.rescale),
+            "scale": exact(scale),
             "rows_a_sample": str(rows),
             "gradients_a_sample": str(gradients),
             "gflop_a_sample": f"{(rows * flops + gradients * gradient_flops) / 1e9:.6g}",

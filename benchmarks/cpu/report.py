@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import platform
 import statistics
-import subprocess
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from revision import commit
 
 from fastcfg.engines.choice import machine
 from fastcfg.files import write_file
@@ -66,7 +66,7 @@ def this_machine(cores: int) -> dict[str, str]:
         "flags": " ".join(_flags()),
         **{name: _version(name) for name in ("torch", "diffusers", "openvino")},
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -97,16 +97,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _commit() -> str:
-    """HEAD, marked where files that it has were changed."""
-    git = ("git", "-C", os.fspath(Path(__file__).parent))
-    try:
-        commit, changes = (
-            subprocess.run((*git, *command), capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return f"{commit}, changed" if changes else commit

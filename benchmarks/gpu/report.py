@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import platform
 import statistics
 import subprocess
@@ -16,7 +15,9 @@ from typing import IO, Any
 
 import torch
 import triton
+from revision import commit
 
+from fastcfg.engines.capture import collector_off
 from fastcfg.files import slug
 
 MACHINE = ("gpu", "driver", "torch", "triton", "python", "commit", "date")
@@ -123,12 +124,8 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     call()
     sync(device)
     graph = torch.cuda.CUDAGraph()
-    gc.disable()  # it might destroy another graph, which a capture does not allow
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    finally:
-        gc.enable()
+    with collector_off(), torch.cuda.graph(graph):
+        call()
     return graph.replay
 
 
@@ -180,20 +177,13 @@ def _machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(but="benchmarks/results"),  # which this writes
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
-def _commit() -> str:
-    """HEAD, marked where files that it has were changed: results aside, which this writes."""
-    here = ("git", "-C", str(Path(__file__).parents[2]))
-    edits = _first_line(*here, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", none="")
-    return _first_line(*here, "rev-parse", "HEAD") + (", changed" if edits else "")
-
-
-def _first_line(*command: str, none: str = "unknown") -> str:
+def _first_line(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return none
+        return "unknown"

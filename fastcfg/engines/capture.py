@@ -85,13 +85,18 @@ class Lane:
 @contextlib.contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, lane: Lane) -> Iterator[None]:
     """Captures into `graph` on the lane's stream and in its memory."""
-    # Only this thread is held to what a capture allows: others may allocate and synchronise meanwhile. Nor may the collector
-    # run in it, which could destroy some other graph, and that is not allowed either
+    # Only this thread is held to what a capture allows: others may allocate and synchronise meanwhile
+    with collector_off(), torch.cuda.graph(graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
+        yield
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """No garbage is collected inside: that could destroy some other graph, which a capture does not allow."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=lane.pool, stream=lane.stream, capture_error_mode="thread_local"):
-            yield
+        yield
     finally:
         if collects:
             gc.enable()
