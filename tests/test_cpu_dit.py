@@ -240,6 +240,37 @@ def test_an_error_between_two_jobs_sends_the_helpers_home() -> None:
         assert workers.map(lambda k: k + 1, range(5)) == [1, 2, 3, 4, 5]
 
 
+LOOPS = {
+    "ddim": {"solver": "ddim", "eta": 0.0},
+    "drawn noise": {"solver": "ddim", "eta": 1.0},
+    "given noise": {"solver": "ddpm", "variance": "fixed_large"},
+    "history, interval": {"solver": "dpmpp_2m", "interval": (200, 700)},
+    "clip, channels": {"solver": "ddim", "eta": 0.5, "clip": True, "guidance_channels": 1, "spacing": "trailing"},
+    "rescale": {"solver": "ddim", "rescale": 0.7},
+    "learned variance": {"solver": "ddpm", "variance": "learned_range"},
+}
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", LOOPS)
+def test_steps_in_one_call_are_those_of_the_program_to_the_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not in_one_call(torch.float32):
+        pytest.skip("compiled without products")
+    model, steps, batch = random_model(**MODELS["head 64"]), 6, 5
+    made = Sampler(model, steps=steps, batch=batch, engine="cpu", dtype="fp32", **LOOPS[name])
+    generator = torch.Generator().manual_seed(2)
+    call = {"scale": [1.0, 2.0, 4.0, 1.5, 8.0], "seeds": 7}
+    if name == "given noise":
+        call["x_T"] = torch.randn(batch, *model.shape, generator=generator).to(memory_format=torch.channels_last)
+        call["noise"] = torch.randn(steps, batch, *model.shape, generator=generator)
+    got = [made(range(5), **call)]
+    monkeypatch.setattr(cpu_dit, "NOISE_BYTES", 1)  # a step's at a time
+    got.append(made(range(5), **call))
+    monkeypatch.setattr(NativeDiT, "_advance", FusedDiT._advance)
+    want = made(range(5), **call)
+    assert all(torch.equal(samples, want) for samples in got)
+
+
 def test_without_one_call_the_engine_samples_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model()
     made = Sampler(model, steps=3, engine="cpu", dtype="fp32")

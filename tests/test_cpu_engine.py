@@ -220,6 +220,7 @@ def test_joined_rows_are_only_those_that_change_no_bit(monkeypatch: pytest.Monke
 
 
 def test_null_rows_are_computed_inside_the_interval_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
     made, denoised = sampler(model_of("many tokens"), 2, steps=6, interval=(200, 700)), []
     program = type(made.engine._program)
     denoise = program.denoise
@@ -233,6 +234,28 @@ def test_null_rows_are_computed_inside_the_interval_only(monkeypatch: pytest.Mon
     inside = int(made.plan.guided.sum())
     assert 0 < inside < 6
     assert sum(denoised) == 4 * (2 * inside + (6 - inside))  # three rows and one of padding
+
+
+@pytest.mark.skipif(not in_one_call(torch.float32), reason="no compiled network here")
+def test_the_compiled_loop_computes_no_null_rows_outside_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, outputs, empty = sampler(model_of("head 64"), 1, batch=3, steps=6, interval=(200, 700)), [], torch.empty
+    before = int(made.plan.guided.argmax())
+    assert before > 0
+    monkeypatch.setattr(type(made.engine._program), "windows", lambda *_: [range(before)])
+
+    def poisoned(*size: int, **options: object) -> torch.Tensor:
+        tensor = empty(*size, **options)
+        if len(size) == 4:
+            outputs.append(tensor.fill_(torch.nan))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    made([0, 1, 2], scale=2.0)
+    assert sum(len(output) for output in outputs) == 6
+    for output in outputs:
+        cond, null = output.chunk(2)
+        assert not cond.isnan().any()
+        assert null.isnan().all()
 
 
 def test_weights_that_change_are_noticed_and_taken_up() -> None:
@@ -395,7 +418,7 @@ def test_an_error_in_a_worker_reaches_the_caller_and_leaves_the_engine_whole(mon
     made = sampler(model_of("head 64"), 2)
     want = made([0, 1, 2], scale=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(type(made.engine._program), "denoise", lambda *_, **__: 1 / 0)
+        patch.setattr(type(made.engine._program), "_advance", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made([0, 1, 2], scale=2.0)
     assert torch.equal(made([0, 1, 2], scale=2.0), want)

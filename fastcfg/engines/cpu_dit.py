@@ -11,21 +11,24 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcfg import portable
+from fastcfg.engines.base import Request
 from fastcfg.engines.choice import cpuinfo
-from fastcfg.engines.cpu_native import NativeOperations, kernels
+from fastcfg.engines.cpu_native import NativeOperations, address, kernels
 from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, quantised
-from fastcfg.engines.fused_dit import Buffers, FusedDiT
+from fastcfg.engines.fused_dit import Buffers, Denoise, FusedDiT, Samples
 from fastcfg.engines.workers import Item, Result, Workers
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT, DiTBlock
 from fastcfg.plan import Plan
 
 TOKENS_EACH = 16  # at least, of a thread in a team
+NOISE_BYTES = 2**20  # of noise that is drawn before the steps that need it
 
 
 class _Layer(ctypes.Structure):
@@ -63,6 +66,14 @@ class _Job(ctypes.Structure):
     ]
 
 
+class _Loop(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("net", "table", "scale", "noise", "coef", "lines", "guided", "x", "history")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "out", "memory", "index")),
+        *((name, ctypes.c_long) for name in ("B", "first", "last", "start", "channels", "clip", "threads")),
+    ]
+
+
 def in_one_call(dtype: torch.dtype) -> bool:
     """Whether `NativeDiT` computes in this dtype here. Not measured: a sample's bits must be the same on all machines with this
     processor. Products of AMX tiles, which are oneDNN's, are several times as fast."""
@@ -89,7 +100,8 @@ class NativeDiT(FusedDiT):
         self._library: Any = kernels().library
         self._quantise = quantise
         self._own = threading.local()  # a thread's scratch memory, and the team that it leads
-        super().__init__(model, plan, NativeOperations(self._library), device, torch.float32)
+        self._native = NativeOperations(self._library)
+        super().__init__(model, plan, self._native, device, torch.float32)
 
     def embed(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """As FusedDiT's, from x in float64."""
@@ -105,8 +117,7 @@ class NativeDiT(FusedDiT):
         (R, B), size = (len(index), len(tokens)), self.config.input_size
         tokens, table, index = tokens.contiguous(), table.contiguous(), index.int().contiguous()
         out = torch.empty(R, self.config.out_channels, size, size)
-        team: _Team | None = getattr(self._own, "team", None)
-        threads = 1 if team is None else team.size
+        team, threads = self._led()
         memory = self._scratch(R, threads)
         places = (tokens.data_ptr(), table.data_ptr(), index.data_ptr(), out.data_ptr(), memory.data_ptr())
         job = _Job(ctypes.addressof(self._network), *places, R, B, threads)
@@ -122,7 +133,7 @@ class NativeDiT(FusedDiT):
         return self._library.fastcfg_products(ctypes.byref(self._network), memory.data_ptr(), rows, attention)
 
     def led(self, workers: Workers, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`workers.map`, with those that have nothing else to do helping in `denoise` where the others call it."""
+        """`workers.map`, with those that have nothing else to do helping the others in what they compute here."""
 
         def lead(item: Item) -> Result:
             team = self._own.team = _Team(self._library, workers)
@@ -133,6 +144,77 @@ class NativeDiT(FusedDiT):
                 team.dismiss()
 
         return workers.map(lead, items)
+
+    def _advance(self, piece: Samples, request: Request, window: range, table: Tensor, denoise: Denoise) -> None:
+        """As FusedDiT's, with as many steps in a call as need nothing of Python in between."""
+        if piece.classifier is not None or self.plan.guidance.rescale or self.plan.learned_variance:
+            super()._advance(piece, request, window, table, denoise)
+            return
+        team, threads = self._led()
+        loop, tensors = self._loop(piece, request, window, table, threads)
+        rows = len(tensors["index"])
+        while window:
+            expected = 0 if team is None else team.gather(rows * self.config.tokens)
+            # Whoever is done with its own work can help from the next step on
+            wait_for_help = team is not None and not team.full(rows * self.config.tokens)
+            steps = window[: 1 if wait_for_help else self._drawn_at_once(piece)]
+            noise = self._noise(piece, steps)
+            loop.noise, loop.first, loop.last = address(noise), steps.start, steps.stop
+            self._library.fastcfg_loop(ctypes.byref(loop), None if team is None else team.place, expected)
+            window = window[len(steps) :]
+
+    def _loop(
+        self, piece: Samples, request: Request, window: range, table: Tensor, threads: int
+    ) -> tuple[_Loop, dict[str, Tensor]]:
+        """(what `fastcfg_loop` is told of a piece, but for the steps and their noise; the tensors that it points to)."""
+        config, B, channels = self.config, len(piece.x), self.plan.guidance.channels
+        piece.x = piece.x.contiguous()
+        tensors = {
+            "table": table,
+            "scale": piece.scale.float().contiguous(),
+            "coef": self.coefficients,
+            "lines": len(window) * (piece.cond if piece.null is None else torch.cat([piece.cond, piece.null])),
+            "guided": torch.from_numpy(np.ascontiguousarray(request.guided)),
+            "x": piece.x,
+            "tokens": torch.empty(B, config.tokens, config.hidden_size),
+        }
+        rows = len(tensors["lines"])
+        tensors |= {
+            "out": torch.empty(rows, config.out_channels, config.input_size, config.input_size),
+            "index": torch.empty(rows, dtype=torch.int32),
+            "memory": self._scratch(rows, threads),
+        }
+        if piece.x0_prev is not None:
+            tensors["history"] = piece.x0_prev = piece.x0_prev.contiguous()
+        loop = _Loop(
+            net=ctypes.addressof(self._network), B=B, start=window.start, threads=threads, clip=self.plan.clip,
+            channels=config.in_channels if channels is None else channels,
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )  # fmt: skip
+        return loop, tensors
+
+    def _drawn_at_once(self, piece: Samples) -> int:
+        """How many steps' noise is drawn before the first of them; all where there is none to draw."""
+        return self.plan.steps if piece.seeds is None else max(1, NOISE_BYTES // (4 * piece.x.numel()))
+
+    def _noise(self, piece: Samples, steps: range) -> Tensor | None:
+        """The noise of these steps, float32 [steps, B, C, H, W], as given or drawn; None where none is added."""
+        if piece.noise is not None:
+            return piece.noise[steps.start : steps.stop]
+        if piece.seeds is None:
+            return None
+        noise = torch.zeros(len(steps), *piece.x.shape)
+        for z, i in zip(noise, steps, strict=True):
+            step = torch.full((len(piece.x),), i, dtype=torch.int32)
+            drawn = self._native.step_noise(self.coefficients, step, piece.x, None, piece.seeds, piece.indices)
+            if drawn is not None:
+                z.copy_(drawn)
+        return noise
+
+    def _led(self) -> tuple[_Team | None, int]:
+        """The team that the caller leads, if any, and how many threads may compute with it."""
+        team: _Team | None = getattr(self._own, "team", None)
+        return team, 1 if team is None else team.size
 
     def _scratch(self, rows: int, threads: int) -> Tensor:
         floats = self._library.fastcfg_denoise_scratch(ctypes.byref(self._network), rows, threads)
@@ -179,7 +261,8 @@ class NativeLayer:
     def __init__(self, library: Any, weight: Tensor, bias: Tensor, quantise: bool):
         self._library = library
         (N, K), columns = weight.shape, library.fastcfg_columns()
-        filled, bias = -N % columns, bias.float().clone()
+        filled = -N % columns
+        bias = F.pad(bias.float(), (0, filled)).clone()
         if quantise:
             whole, scale = quantised(weight.float())
             whole, scale = F.pad(whole, (0, -K % 4, 0, filled)), F.pad(scale[:, 0], (0, filled))
@@ -223,6 +306,10 @@ class _Team:
         while self._asked < tokens // TOKENS_EACH - 1 and self._workers.offer(self._help, in_torch=False) is not None:
             self._asked += 1
         return self._asked
+
+    def full(self, tokens: int) -> bool:
+        """Whether there is no one else to ask."""
+        return self._asked >= min(tokens // TOKENS_EACH, self.size) - 1
 
     def _help(self) -> None:
         self._library.fastcfg_help(self.place)

@@ -294,13 +294,14 @@ typedef struct {
     int kind;
 } Stream;
 
-/* v = scale y + bias of an int8 product's D columns, for token m of all, into the stream. */
+/* v = scale y + bias of an int8 product's D columns, or y without a bias, for token m of all, into the stream. */
 INLINE void stream_token(const Stream *to, long m, const float *y, float scale, const float *bias) {
     long r = m / to->T, D = to->D, in = (r % to->sources * to->T + m % to->T) * D;
     const float *gate = to->residual ? to->table + to->index[r] * to->width + to->column : 0;
     for (long d = 0; d < D; d += LANES) {
         int n = count(D - d);
-        floats value = load(y, d, n, 0) * scale + load(bias, d, n, 0);
+        floats value = load(y, d, n, 0);
+        if (bias) value = value * scale + load(bias, d, n, 0);
         if (gate) value = load(to->residual, in + d, n, to->kind) + load(gate, d, n, 0) * value;
         store(to->out, m * D + d, n, value, to->kind);
     }
@@ -316,12 +317,13 @@ void fastcfg_dequantise(const float *y, const float *scale, const float *bias, c
     for (long m = 0; m < M; m++) stream_token(to, m, y + m * to->D, scale[m], bias);
 }
 
-/* C = A B for `rows` rows and `registers` of columns; C + A B where `more`. */
+/* C = start + A B for `rows` rows and `registers` of columns, start being `apart` values further for the next row: C itself, a
+   row for all, or zeros. */
 INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, int rows, int registers,
-                 int more) {
+                 const float *start, long apart) {
     floats sums[ROWS][REGISTERS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
-        sums[m][j] = more ? load(C, m * ldc + j * LANES, LANES, 0) : all(0);
+        sums[m][j] = start ? load(start, m * apart + j * LANES, LANES, 0) : all(0);
     for (long k = 0; k < K; k++) {
         floats columns[REGISTERS];
         UNROLL for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, 0);
@@ -336,10 +338,10 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
 
 /* tile for any number of rows and registers that there is. */
 static void any_tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, long rows, long registers,
-                     int more) {
+                     const float *start, long apart) {
     switch (rows * 4 + registers) {
 #define OF(rows, registers) \
-    case rows * 4 + registers: tile(A, lda, B, ldb, C, ldc, K, rows, registers, more); break;
+    case rows * 4 + registers: tile(A, lda, B, ldb, C, ldc, K, rows, registers, start, apart); break;
 #if REGISTERS > 2
 #define OF_ALL(rows) OF(rows, 1) OF(rows, 2) OF(rows, 3)
 #else
@@ -369,7 +371,8 @@ static void product(const float *A, long lda, const float *B, long ldb, float *C
         wide = panel_of((N - n) / LANES);
         for (long t = 0; t < tiles_of(rows); t++) {
             long m = tile_begins(t, rows);
-            any_tile(A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, K, tile_begins(t + 1, rows) - m, wide, more);
+            float *to = C + m * ldc + n;
+            any_tile(A + m * lda, lda, B + n, ldb, to, ldc, K, tile_begins(t + 1, rows) - m, wide, more ? to : 0, ldc);
         }
     }
 }

@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "fastcfg_embed": [_POINTER] * 3 + [_LONG],
     "fastcfg_denoise": [_POINTER] * 2 + [_LONG],
     "fastcfg_denoise_scratch": [_POINTER] + [_LONG] * 2,
+    "fastcfg_loop": [_POINTER] * 2 + [_LONG],
     "fastcfg_layer_scratch": [_POINTER],
     "fastcfg_layer_products": [_POINTER] * 3 + [_LONG],
     "fastcfg_products": [_POINTER] * 2 + [_LONG, _INT],
@@ -190,13 +191,13 @@ class NativeOperations(CpuOperations):
                 model_out, x, coef, scale, step, x0_prev=x0_prev, noise=noise, seeds=seeds, indices=indices,
                 channels=channels, rescale=rescale, clip=clip, learned=learned, out=out,
             )  # fmt: skip
-        z = self._noise(coef, step, x, noise, seeds, indices)
+        z = self.step_noise(coef, step, x, noise, seeds, indices)
         moved = (x if out is x else x.clone()).contiguous()
         model_out, z = model_out.contiguous(), None if z is None else z.float().contiguous()
         (B, C), (halves, outputs) = x.shape[:2], (len(model_out) // len(x), model_out.shape[1])
         scale, step = scale.float().contiguous(), step.int().contiguous()
         self.library.fastcfg_guided_step(
-            model_out.data_ptr(), moved.data_ptr(), _address(x0_prev), _address(z),
+            model_out.data_ptr(), moved.data_ptr(), address(x0_prev), address(z),
             coef.data_ptr(), scale.data_ptr(), step.data_ptr(),
             halves, B, C, outputs, x[0, 0].numel(), C if channels is None else channels, clip, KINDS[model_out.dtype],
         )  # fmt: skip
@@ -275,5 +276,6 @@ def _stream(
     return _Stream(*places, len(gate.residual), T, D, gate.table.shape[1], gate.column, KINDS[dtype]), out, gate
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Where a contiguous tensor lies; None of none."""
     return None if tensor is None else tensor.data_ptr()

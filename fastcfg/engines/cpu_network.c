@@ -9,7 +9,7 @@
 
 /* A linear layer, its weight [N, K] packed into panels of COLUMNS columns: float32 [N / COLUMNS, K, COLUMNS], or int8
    [N / COLUMNS, K / 4, COLUMNS, 4] where there are the columns' scales and `start`, which takes back the 128 that is in every
-   activation: -128 times a column's sum. N, and in int8 K, are filled up with zeros. */
+   activation: -128 times a column's sum. N, and in int8 K, are filled up with zeros, and the bias to as many columns. */
 typedef struct {
     const void *weight;
     const int32_t *start;
@@ -72,7 +72,8 @@ static void any_whole_tile(const uint8_t *whole, const int8_t *panel, const int3
 #define CHUNK 1536
 INLINE long chunks_of(const Layer *layer) { return layer->start ? 1 : (layer->K + CHUNK - 1) / CHUNK; }
 
-/* y [rows, stride] = the products of rows m .. m + rows of `in` with the panel of column n, of the chunk of k. */
+/* y [rows, stride] = the products of rows m .. m + rows of `in` with the panel of column n, of the chunk of k; in float32 from
+   the bias on. */
 static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows) {
     long K = layer->K, k = chunk * CHUNK, some = K - k < CHUNK ? K - k : CHUNK;
     const float *panel = (const float *)layer->weight + n * K + k * COLUMNS;
@@ -80,7 +81,8 @@ static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, lon
         any_whole_tile(in->whole + m * fours(K), (const int8_t *)layer->weight + n * fours(K), layer->start + n,
                        layer->scale + n, y, stride, fours(K), rows);
     else
-        any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk > 0);
+        any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk ? y : layer->bias + n,
+                 chunk ? stride : 0);
 }
 
 /* So many tiles share a panel, and their results the innermost caches; more where a layer's weight has to come from memory. */
@@ -89,9 +91,9 @@ INLINE long block_of(const Layer *layer) { return layer->N * layer->K > 1 << 17 
 /* Floats of scratch memory that a layer needs. */
 long fastcfg_layer_scratch(const Layer *layer) { return block_of(layer) * ROWS * filled(layer->N); }
 
-/* Tiles first .. last of a layer's products, to y [rows, filled(N)]. */
-static void multiply(const Layer *layer, const Tokens *in, float *y, Range some, long first, long last) {
-    long stride = filled(layer->N), from = tile_begins(first, some);
+/* Tiles first .. last of a layer's products, to y [rows, stride]. */
+static void multiply(const Layer *layer, const Tokens *in, float *y, long stride, Range some, long first, long last) {
+    long from = tile_begins(first, some);
     for (long chunk = 0; chunk < chunks_of(layer); chunk++)
         for (long n = 0; n < layer->N; n += COLUMNS)
             for (long t = first; t < last; t++) {
@@ -103,24 +105,22 @@ static void multiply(const Layer *layer, const Tokens *in, float *y, Range some,
 /* A layer on some of its tokens. Behind it, token by token: to hidden, if there is one, gelu of the result, as a layer of the
    same kind reads it; else into the stream, if there is one.  y: of fastcfg_layer_scratch. */
 static void run_layer(const Layer *layer, const Tokens *in, const Tokens *hidden, const Stream *to, float *y, Range some) {
-    long tiles = tiles_of(some), N = layer->N, block = block_of(layer);
+    long tiles = tiles_of(some), N = layer->N, stride = filled(N), block = block_of(layer);
+    int direct = to && !to->residual && !layer->start && N == stride; /* there is nothing to be done behind it */
     for (long first = 0; first < tiles; first += block) {
         long last = first + block < tiles ? first + block : tiles, from = tile_begins(first, some);
-        multiply(layer, in, y, some, first, last);
-        for (long m = from; m < tile_begins(last, some); m++) {
-            float *token = y + (m - from) * filled(N), scale = layer->start ? in->scale[m] : 1;
+        multiply(layer, in, direct ? (float *)to->out + from * N : y, stride, some, first, last);
+        for (long m = from; m < tile_begins(last, some) && !direct; m++) {
+            float *token = y + (m - from) * stride;
             if (to)
-                stream_token(to, m, token, scale, layer->bias);
+                stream_token(to, m, token, layer->start ? in->scale[m] : 1, layer->start ? layer->bias : 0);
             else if (!hidden)
                 continue;
             else if (layer->start) {
-                hidden->scale[m] = scale;
+                hidden->scale[m] = in->scale[m];
                 hidden_token(token, hidden->scale + m, layer->bias, token, hidden->whole + m * fours(N), N);
             } else
-                for (long k = 0; k < N; k += LANES) {
-                    int n = count(N - k);
-                    store(hidden->values, m * N + k, n, gelu(load(token, k, n, 0) + load(layer->bias, k, n, 0)), 0);
-                }
+                for (long k = 0; k < N; k += LANES) store(hidden->values, m * N + k, count(N - k), gelu(load(token, k, count(N - k), 0)), 0);
         }
     }
 }
@@ -211,6 +211,11 @@ INLINE void spin(long spins) {
         PAUSE();
     else
         sched_yield();
+}
+
+/* Takes the lock, which is never held for long: going to sleep for it and being woken would take longer. */
+static void take(pthread_mutex_t *lock) {
+    for (long spins = 0; pthread_mutex_trylock(lock); spins++) spin(spins);
 }
 
 /* Goes on once all members have come here. */
@@ -314,13 +319,13 @@ void fastcfg_team(Team *team) {
 
 /* Takes part in a team's jobs until the leader dismisses it. */
 void fastcfg_help(Team *team) {
-    pthread_mutex_lock(&team->lock);
+    take(&team->lock);
     long rank = atomic_fetch_add(&team->helpers, 1) + 1, seen = atomic_load(&team->jobs);
     if (atomic_load(&team->parts)) seen--; /* the job under way can be joined */
     pthread_mutex_unlock(&team->lock);
     for (;;) {
         for (int spins = 0; spins < SPINS && atomic_load(&team->jobs) == seen && !atomic_load(&team->dismissed); spins++) PAUSE();
-        pthread_mutex_lock(&team->lock);
+        take(&team->lock);
         while (atomic_load(&team->jobs) == seen && !atomic_load(&team->dismissed)) pthread_cond_wait(&team->posted, &team->lock);
         long number = atomic_load(&team->jobs), by_parts = atomic_load(&team->parts), members = team->members;
         pthread_mutex_unlock(&team->lock);
@@ -336,7 +341,7 @@ void fastcfg_help(Team *team) {
 }
 
 void fastcfg_dismiss(Team *team) {
-    pthread_mutex_lock(&team->lock);
+    take(&team->lock);
     atomic_store(&team->dismissed, 1);
     pthread_cond_broadcast(&team->posted);
     pthread_mutex_unlock(&team->lock);
@@ -352,7 +357,7 @@ void fastcfg_denoise(const Job *job, Team *team, long expected) {
     }
     long by_parts = job->R % members == 0;
     for (long spins = 0; !by_parts && spins < 2 * SPINS && atomic_load(&team->helpers) < expected; spins++) spin(spins);
-    pthread_mutex_lock(&team->lock);
+    take(&team->lock);
     team->job = *job;
     team->members = members = 1 + atomic_load(&team->helpers);
     atomic_store(&team->done, 0);
@@ -387,6 +392,38 @@ void fastcfg_embed(const Network *net, const double *x, float *tokens, long B) {
                         store(token, d, n, MULTIPLY_ADD(all((float)value), load(weight, d, n, 0), load(token, d, n, 0)), 0);
                     }
                 }
+    }
+}
+
+/* Steps first .. last of a plan for B samples, in place in x, as fastcfg_guided_step does them. guided: for each step of the plan,
+   whether it has a null half; lines [B or 2B]: where in the table those of row r begin, whose first is for step `start`; noise:
+   from step `first` on, or none; channels: that are guided; tokens [B, T, D], out [2B, outputs, side p, side p], index [2B]:
+   scratch memory, as in Job. */
+typedef struct {
+    const Network *net;
+    const float *table, *scale, *noise;
+    const double *coef;
+    const int32_t *lines;
+    const uint8_t *guided;
+    double *x, *history;
+    float *tokens, *out, *memory;
+    int32_t *index;
+    long B, first, last, start, channels, clip, threads;
+} Loop;
+
+void fastcfg_loop(const Loop *loop, Team *team, long expected) {
+    const Network *net = loop->net;
+    long B = loop->B, C = net->C, S = net->T * net->p * net->p;
+    for (long i = loop->first; i < loop->last; i++) {
+        long halves = loop->guided[i] ? 2 : 1;
+        for (long r = 0; r < halves * B; r++) loop->index[r] = loop->lines[r] + (int32_t)(i - loop->start);
+        fastcfg_embed(net, loop->x, loop->tokens, B);
+        Job job = {net, loop->tokens, loop->table, loop->index, loop->out, loop->memory, halves * B, B, loop->threads};
+        fastcfg_denoise(&job, team, expected);
+        for (long b = 0; b < B; b++) loop->index[b] = (int32_t)i;
+        const float *noise = loop->noise && loop->coef[9 * i + 6] != 0 ? loop->noise + (i - loop->first) * B * C * S : 0;
+        fastcfg_guided_step(loop->out, loop->x, loop->history, noise, loop->coef, loop->scale, loop->index, halves, B, C,
+                            net->outputs, S, loop->channels, (int)loop->clip, 0);
     }
 }
 

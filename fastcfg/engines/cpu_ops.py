@@ -232,7 +232,7 @@ class CpuOperations:
     ) -> Tensor:
         """In float64, with terms, their order and their rounding as in the reference engine."""
         (B, C), s = x.shape[:2], scale[step, torch.arange(len(x))].double()
-        guided, z = C if channels is None else channels, self._noise(coef, step, x, noise, seeds, indices)
+        guided, z = C if channels is None else channels, self.step_noise(coef, step, x, noise, seeds, indices)
         rows = coef[step].view(B, -1, *[1] * (x.ndim - 1))
         x0_x, x0_out, c_x, c_out, c_x0, c_prev, c_noise, log_min, log_max = rows.unbind(1)
         prediction, v = model_out[:B, :C].double(), model_out[:B, C:].double()
@@ -254,7 +254,7 @@ class CpuOperations:
             moved += c_noise * z
         return _into(out, moved)
 
-    def _noise(
+    def step_noise(
         self, coef: Tensor, step: Tensor, x: Tensor, noise: Tensor | None, seeds: Tensor | None, indices: Tensor | None
     ) -> Tensor | None:
         """z of these steps, as given or drawn; None where none is added."""
