@@ -105,6 +105,28 @@ INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
 INLINE floats smaller(floats a, floats b) { return choose(a < b, a, b); }
 #endif
 
+/* Of a register's lanes. Halves are added and compared as the portable code does. */
+#ifdef __AVX512F__
+INLINE float sum(floats value) {
+    __m512 all = (__m512)value;
+    __m128 four = _mm512_castps512_ps128(all);
+    four = _mm_add_ps(four, _mm512_extractf32x4_ps(all, 1));
+    four = _mm_add_ps(four, _mm512_extractf32x4_ps(all, 2));
+    four = _mm_add_ps(four, _mm512_extractf32x4_ps(all, 3));
+    four = _mm_add_ps(four, _mm_movehdup_ps(four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehl_ps(four, four)));
+}
+
+INLINE float largest(floats value) {
+    __m512 all = (__m512)value, half = _mm512_max_ps(all, _mm512_shuffle_f32x4(all, all, 0xee));
+    __m128 four = _mm512_castps512_ps128(half);
+    four = _mm_max_ps(four, _mm512_extractf32x4_ps(half, 1));
+    four = _mm_max_ps(four, _mm_movehdup_ps(four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehl_ps(four, four)));
+}
+
+INLINE int32_t largest_whole(ints value) { return _mm512_reduce_max_epi32((__m512i)value); }
+#else
 INLINE float sum(floats value) {
     quarter part[LANES / 4];
     memcpy(part, &value, sizeof value);
@@ -121,6 +143,15 @@ INLINE float largest(floats value) {
     return one > other ? one : other;
 }
 
+INLINE int32_t largest_whole(ints value) {
+    int32_t part[LANES];
+    memcpy(part, &value, sizeof value);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) part[lane] = part[lane] > part[lane + half] ? part[lane] : part[lane + half];
+    return part[0];
+}
+#endif
+
 /* Magnitudes are compared as whole numbers, in whose order a NaN is the largest: it must not be lost. */
 INLINE ints larger_magnitude(floats a, ints most) {
     ints size = (ints)a & 0x7fffffff;
@@ -128,36 +159,30 @@ INLINE ints larger_magnitude(floats a, ints most) {
 }
 
 INLINE float largest_magnitude(ints value) {
-    int32_t part[LANES];
-    memcpy(part, &value, sizeof value);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) part[lane] = part[lane] > part[lane + half] ? part[lane] : part[lane + half];
+    int32_t whole = largest_whole(value);
     float most;
-    memcpy(&most, part, sizeof most);
+    memcpy(&most, &whole, sizeof most);
     return most;
 }
 
 /* The nearest whole number, ties to even, of |value| < 2^22: the sum has no bits for a fraction. */
 #define WHOLE 12582912.0f
 
-/* e^x to 2 units in the last place, for x from -87.3 to 88.3 and of those for any other; a NaN stays one. 2^n p(r), n whole,
-   |r| <= ln 2 / 2. */
-INLINE floats exponential(floats x) {
-    x = larger(all(-87.3f), smaller(all(88.3f), x));
-    floats shifted = MULTIPLY_ADD(x, all(1.44269504f), all(WHOLE));
-    floats n = shifted - WHOLE;
-    floats r = MULTIPLY_ADD(n, all(-0.693359375f), x);
-    r = MULTIPLY_ADD(n, all(2.12194440e-4f), r);
-    floats p = MULTIPLY_ADD(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
-    p = MULTIPLY_ADD(p, r, all(8.3334519073e-3f));
-    p = MULTIPLY_ADD(p, r, all(4.1665795894e-2f));
-    p = MULTIPLY_ADD(p, r, all(1.6666665459e-1f));
-    p = MULTIPLY_ADD(p, r, all(5.0000001201e-1f));
-    p = MULTIPLY_ADD(p, r * r, r + 1.0f);
+/* 2^t to 2 units in the last place, for t from -125 to 127 and of those for any other; a NaN stays one. 2^n p(f), n whole,
+   |f| <= 1/2; p - 1 is f times the polynomial that leaves the least relative error, 2e-9. */
+INLINE floats power(floats t) {
+    t = larger(all(-125), smaller(all(127), t));
+    floats shifted = t + WHOLE, n = shifted - WHOLE, f = t - n;
+    floats p = MULTIPLY_ADD(all(1.53533620e-4f), f, all(1.33988750e-3f));
+    p = MULTIPLY_ADD(p, f, all(9.61843692e-3f));
+    p = MULTIPLY_ADD(p, f, all(5.55033237e-2f));
+    p = MULTIPLY_ADD(p, f, all(2.40226477e-1f));
+    p = MULTIPLY_ADD(p, f, all(6.93147182e-1f));
+    p = MULTIPLY_ADD(p, f, all(1));
 #ifdef __AVX512F__
     return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    return (floats)((ints)p + ((ints)shifted << 23)) + (x - x); /* the sum of bits may be a number where x is none */
+    return (floats)((ints)p + ((ints)shifted << 23)) + (t - t); /* the sum of bits may be a number where t is none */
 #endif
 }
 
@@ -180,10 +205,12 @@ INLINE void narrow(uint8_t *to, int n, ints value) {
 #endif
 }
 
+#define LOG2_E 1.44269504f
+
 /* tanh-GELU as x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3) */
 INLINE floats gelu(floats x) {
-    floats twice = x * MULTIPLY_ADD(0.0713548162726f * x, x, all(1.5957691216f));
-    return x * reciprocal(1.0f + exponential(-twice));
+    floats t = x * MULTIPLY_ADD(x * x, all(-0.0713548162726f * LOG2_E), all(-1.5957691216f * LOG2_E));
+    return x * reciprocal(1.0f + power(t));
 }
 
 /* What of adaLN is done with n <= LANES values: their sum, their squared distance from the mean, and the result. */
@@ -380,14 +407,24 @@ static void product(const float *A, long lda, const float *B, long ldb, float *C
 INLINE long up(long n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE long apart(long n) { return up(n) + LANES; } /* rows of k: a power of two would put them all into a few cache sets */
 
+/* Scores start .. start + LANES of a query's T; those of keys that are not there are the lowest. */
+INLINE floats scores_at(const float *s, long start, long T) {
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    floats value = load(s, start, LANES, 0);
+    if (T - start >= LANES) return value;
+    ints lane;
+    memcpy(&lane, lanes, sizeof lane);
+    return choose(lane < (int32_t)(T - start), value, all(-INFINITY));
+}
+
 /* Weights e^(factor (s - max s)) of a query's scores s [T, filled up to registers], in place; returns one over their sum. */
 INLINE float weigh(float *s, long T, float factor) {
     floats most = all(-INFINITY), total = {0};
-    for (long k = T; k < up(T); k++) s[k] = -INFINITY;
-    for (long k = 0; k < T; k += LANES) most = larger(load(s, k, LANES, 0), most);
+    for (long k = 0; k < T; k += LANES) most = larger(scores_at(s, k, T), most);
     float highest = largest(most);
+    factor *= LOG2_E;
     for (long k = 0; k < T; k += LANES) {
-        floats weight = exponential((load(s, k, LANES, 0) - highest) * factor);
+        floats weight = power((scores_at(s, k, T) - highest) * factor);
         total += weight;
         store(s, k, LANES, weight, 0);
     }

@@ -120,7 +120,10 @@ static void run_layer(const Layer *layer, const Tokens *in, const Tokens *hidden
                 hidden->scale[m] = in->scale[m];
                 hidden_token(token, hidden->scale + m, layer->bias, token, hidden->whole + m * fours(N), N);
             } else
-                for (long k = 0; k < N; k += LANES) store(hidden->values, m * N + k, count(N - k), gelu(load(token, k, count(N - k), 0)), 0);
+                for (long k = 0; k < N; k += LANES) {
+                    int n = count(N - k);
+                    store(hidden->values, m * N + k, n, gelu(load(token, k, n, 0)), 0);
+                }
         }
     }
 }
