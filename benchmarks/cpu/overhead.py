@@ -22,8 +22,8 @@ def call_and_products(case: Case, dtype: str) -> dict[str, Call]:
 
     The products are those that the engine asked of its operations in one call, on the worker threads that asked for them, with
     bias and GELU where it asks for that, but without gates, residuals, adaLN, the step and Python in between. Where the engine
-    asks for a whole network in one call, they are its products and nothing else, the halves of a step on two threads if there
-    are so many.
+    asks for a whole network in one call, they are its products with their bias and nothing else, the halves of a step on two
+    threads if there are so many.
     """
     sampler = fastcfg.Sampler(case.model, steps=case.steps, batch=case.batch, engine="cpu", dtype=dtype, eta=0.0)
     engine = sampler.engine

@@ -128,7 +128,8 @@ class NativeDiT(FusedDiT):
         return out
 
     def products(self, rows: int, attention: bool) -> object:
-        """What `denoise` cannot do without, for measuring: products alone, or with attention, on what memory holds."""
+        """What `denoise` cannot do without, for measuring: products with their bias alone, or with attention, on what memory
+        holds."""
         memory = self._scratch(rows, 1)
         return self._library.fastcfg_products(ctypes.byref(self._network), memory.data_ptr(), rows, attention)
 
@@ -276,8 +277,8 @@ class NativeLayer:
             self.structure = _Layer(panels.data_ptr(), None, None, bias.data_ptr(), N, K)
 
     def products(self, h: Tensor) -> Callable[[], Tensor]:
-        """What makes the layer's products alone for h, float32 [M, K], for measuring: in scratch memory, with more columns, and
-        of the whole numbers in int8, where 4 must divide K."""
+        """What computes the layer alone for h, float32 [M, K], for measuring: in scratch memory, with more columns; in int8, of
+        tokens that are quantised already, and 4 must divide K."""
         place, y = ctypes.byref(self.structure), torch.empty(self._library.fastcfg_layer_scratch(ctypes.byref(self.structure)))
         whole, scale, _ = CpuOperations()._quantised(h)
         given = _Tokens(h.data_ptr(), whole.data_ptr(), scale.data_ptr())

@@ -93,6 +93,15 @@ INLINE void store(void *array, long start, int n, floats value, int kind) {
 
 INLINE floats choose(ints mask, floats yes, floats no) { return (floats)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
+/* The first n lanes of a value, and `other` in those after them. */
+INLINE floats only(floats value, int n, float other) {
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (n == LANES) return value;
+    ints lane;
+    memcpy(&lane, lanes, sizeof lane);
+    return choose(lane < n, value, all(other));
+}
+
 /* The second where either is a NaN, as the instructions have it. */
 #if defined(__AVX512F__)
 INLINE floats larger(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -199,7 +208,10 @@ INLINE floats reciprocal(floats x) {
 /* The low byte of n lanes. */
 INLINE void narrow(uint8_t *to, int n, ints value) {
 #ifdef __AVX512F__
-    _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << n) - 1), (__m512i)value);
+    if (n == LANES) /* several times as fast as with a mask */
+        _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)value));
+    else
+        _mm512_mask_cvtepi32_storeu_epi8(to, (__mmask16)((1u << n) - 1), (__m512i)value);
 #else
     for (int lane = 0; lane < n; lane++) to[lane] = (uint8_t)value[lane];
 #endif
@@ -213,46 +225,61 @@ INLINE floats gelu(floats x) {
     return x * reciprocal(1.0f + power(t));
 }
 
-/* What of adaLN is done with n <= LANES values: their sum, their squared distance from the mean, and the result. */
-INLINE floats squares(const void *x, long at, int n, float mean, int kind) {
-    floats centred = load(x, at, n, kind) - mean;
-    for (int lane = n; lane < LANES; lane++) centred[lane] = 0;
-    return centred * centred;
+/* Tokens that go through adaLN together: of one alone, each pass would wait for the sum of the pass before. */
+#define TOGETHER 8
+
+/* A token's mean, one over its deviation, and what of adaLN is then done with n <= LANES of its values. */
+INLINE float mean_of(const void *x, long at, long D, int kind) {
+    floats total = {0};
+    for (long d = 0; d < D; d += LANES) total += load(x, at + d, count(D - d), kind);
+    return sum(total) / (float)D;
 }
 
-INLINE void modulate(const void *x, long at, const float *shift, const float *scale, void *out, long to, int n, float mean,
+INLINE float factor_of(const void *x, long at, long D, float mean, float eps, int kind) {
+    floats square = {0};
+    for (long d = 0; d < D; d += LANES) {
+        int n = count(D - d);
+        floats centred = only(load(x, at + d, n, kind) - mean, n, 0);
+        square += centred * centred;
+    }
+    return 1 / sqrtf(sum(square) / (float)D + eps);
+}
+
+/* Returns its largest magnitudes, one a lane, for int8. */
+INLINE ints modulate(const void *x, long at, const float *shift, const float *scale, void *out, long to, long D, float mean,
                      float factor, int kind) {
-    floats normal = (load(x, at, n, kind) - mean) * factor;
-    store(out, to, n, normal * (1.0f + load(scale, 0, n, 0)) + load(shift, 0, n, 0), kind);
-}
-
-INLINE void adaln_token(const void *x, long at, const float *shift, const float *scale, void *out, long to, long D, float eps,
-                        int kind) {
-    long d, left = D % LANES, whole = D - left;
-    floats total = {0}, square = {0};
-    for (d = 0; d < whole; d += LANES) total += load(x, at + d, LANES, kind);
-    if (left) total += load(x, at + d, (int)left, kind);
-    float mean = sum(total) / (float)D;
-    for (d = 0; d < whole; d += LANES) square += squares(x, at + d, LANES, mean, kind);
-    if (left) square += squares(x, at + d, (int)left, mean, kind);
-    float factor = 1 / sqrtf(sum(square) / (float)D + eps);
-    for (d = 0; d < whole; d += LANES) modulate(x, at + d, shift + d, scale + d, out, to + d, LANES, mean, factor, kind);
-    if (left) modulate(x, at + d, shift + d, scale + d, out, to + d, (int)left, mean, factor, kind);
+    ints most = {0};
+    for (long d = 0; d < D; d += LANES) {
+        int n = count(D - d);
+        floats normal = (load(x, at + d, n, kind) - mean) * factor;
+        floats value = normal * (1.0f + load(scale, d, n, 0)) + load(shift, d, n, 0);
+        store(out, to + d, n, value, kind);
+        most = larger_magnitude(only(value, n, 0), most);
+    }
+    return most;
 }
 
 /* adaLN: out = (x - mean) / sqrt(var + eps) (1 + scale) + shift.  x [sources, T, D], out [R, T, D] of one kind. */
-void fastcfg_adaln(const void *x, const float *table, const int32_t *index, void *out, long R, long sources, long T, long D,
-                   long width, long shift_column, long scale_column, float eps, int kind) {
+INLINE void adaln(const void *x, const float *table, const int32_t *index, void *out, long R, long sources, long T, long D,
+                  long width, long shift_column, long scale_column, float eps, int kind) {
     for (long r = 0; r < R; r++) {
         const float *line = table + index[r] * width, *shift = line + shift_column, *scale = line + scale_column;
-        for (long t = 0; t < T; t++) {
-            long at = (r % sources * T + t) * D, to = (r * T + t) * D;
-            if (kind == BFLOAT16)
-                adaln_token(x, at, shift, scale, out, to, D, eps, BFLOAT16);
-            else
-                adaln_token(x, at, shift, scale, out, to, D, eps, 0);
+        for (long t = 0; t < T; t += TOGETHER) {
+            long at = (r % sources * T + t) * D, to = (r * T + t) * D, some = T - t < TOGETHER ? T - t : TOGETHER;
+            float mean[TOGETHER], factor[TOGETHER];
+            for (long i = 0; i < some; i++) mean[i] = mean_of(x, at + i * D, D, kind);
+            for (long i = 0; i < some; i++) factor[i] = factor_of(x, at + i * D, D, mean[i], eps, kind);
+            for (long i = 0; i < some; i++) modulate(x, at + i * D, shift, scale, out, to + i * D, D, mean[i], factor[i], kind);
         }
     }
+}
+
+void fastcfg_adaln(const void *x, const float *table, const int32_t *index, void *out, long R, long sources, long T, long D,
+                   long width, long shift_column, long scale_column, float eps, int kind) {
+    if (kind == BFLOAT16)
+        adaln(x, table, index, out, R, sources, T, D, width, shift_column, scale_column, eps, BFLOAT16);
+    else
+        adaln(x, table, index, out, R, sources, T, D, width, shift_column, scale_column, eps, 0);
 }
 
 /* out = residual + gate y.  y, out [R, T, D], which may be one array, and residual [sources, T, D], of one kind. */
@@ -296,13 +323,15 @@ void fastcfg_quantise(const void *h, uint8_t *whole, float *scale, long M, long 
     quantise(h, whole, K, scale, M, K, kind);
 }
 
-/* gelu(scale y + bias), an int8 product's result for K columns, as the next one reads it; scale becomes the result's.
+/* gelu(scale y + bias), or of y without a bias, for K columns, as an int8 product reads it; scale becomes the result's.
    token [K]: scratch, which may be y. */
 INLINE void hidden_token(const float *y, float *scale, const float *bias, float *token, uint8_t *whole, long K) {
     ints most = {0};
     for (long k = 0; k < K; k += LANES) {
         int n = count(K - k);
-        floats value = gelu(load(y, k, n, 0) * *scale + load(bias, k, n, 0));
+        floats value = load(y, k, n, 0);
+        if (bias) value = value * *scale + load(bias, k, n, 0);
+        value = gelu(value);
         most = larger_magnitude(value, most);
         store(token, k, n, value, 0);
     }
@@ -407,28 +436,29 @@ static void product(const float *A, long lda, const float *B, long ldb, float *C
 INLINE long up(long n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE long apart(long n) { return up(n) + LANES; } /* rows of k: a power of two would put them all into a few cache sets */
 
-/* Scores start .. start + LANES of a query's T; those of keys that are not there are the lowest. */
-INLINE floats scores_at(const float *s, long start, long T) {
-    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    floats value = load(s, start, LANES, 0);
-    if (T - start >= LANES) return value;
-    ints lane;
-    memcpy(&lane, lanes, sizeof lane);
-    return choose(lane < (int32_t)(T - start), value, all(-INFINITY));
-}
+#define QUERIES (4 * ROWS) /* that share k and v while those are in the first cache */
+#define KEYS 128           /* of v at a time */
 
-/* Weights e^(factor (s - max s)) of a query's scores s [T, filled up to registers], in place; returns one over their sum. */
-INLINE float weigh(float *s, long T, float factor) {
-    floats most = all(-INFINITY), total = {0};
-    for (long k = 0; k < T; k += LANES) most = larger(scores_at(s, k, T), most);
-    float highest = largest(most);
+/* Weights e^(factor (s - max s)) of some queries' scores s [queries, stride], of T keys each, filled up to registers, in place;
+   and one over each one's sum. One after the other, each would wait for its largest score. */
+INLINE void weigh(float *s, long stride, long queries, long T, float factor, float *weights) {
+    float highest[QUERIES];
     factor *= LOG2_E;
-    for (long k = 0; k < T; k += LANES) {
-        floats weight = power((scores_at(s, k, T) - highest) * factor);
-        total += weight;
-        store(s, k, LANES, weight, 0);
+    for (long m = 0; m < queries; m++) {
+        floats most = all(-INFINITY);
+        for (long k = 0; k < T; k += LANES)
+            most = larger(only(load(s, m * stride + k, LANES, 0), count(T - k), -INFINITY), most);
+        highest[m] = largest(most);
     }
-    return 1 / sum(total);
+    for (long m = 0; m < queries; m++) {
+        floats total = {0};
+        for (long k = 0; k < T; k += LANES) {
+            floats weight = power((only(load(s, m * stride + k, LANES, 0), count(T - k), -INFINITY) - highest[m]) * factor);
+            total += weight;
+            store(s, m * stride + k, LANES, weight, 0);
+        }
+        weights[m] = 1 / sum(total);
+    }
 }
 
 /* to [n, stride] = n tokens' d values of `array`, which are `step` values apart. */
@@ -471,9 +501,6 @@ INLINE void transpose(const float *from, long step, float *to, long stride) {
 #endif
 }
 
-#define QUERIES (4 * ROWS) /* that share k and v while those are in the first cache */
-#define KEYS 128           /* of v at a time */
-
 /* Floats of scratch memory that fastcfg_attention needs. */
 long fastcfg_attention_scratch(long T, long d) {
     return QUERIES * (up(d) + up(T) + up(d)) + up(d) * apart(T) + T * up(d) + LANES * up(d);
@@ -497,7 +524,7 @@ static void attend_head(const void *qkv, void *out, float *scratch, long r, long
         gather(qkv, start + t * 3 * D, 3 * D, rows, d, q, wide, kind);
         product(q, wide, k, apart(T), scores, keys, rows, keys, d, 0);
         float weights[QUERIES];
-        for (long m = 0; m < rows; m++) weights[m] = weigh(scores + m * keys, T, 1 / sqrtf((float)d));
+        weigh(scores, keys, rows, T, 1 / sqrtf((float)d), weights);
         for (long key = 0; key < T; key += KEYS)
             product(scores + key, keys, v + key * wide, wide, result, wide, rows, wide, T - key < KEYS ? T - key : KEYS, key > 0);
         for (long m = 0; m < rows; m++)

@@ -32,12 +32,14 @@ INLINE long most(long a, long b) { return a > b ? a : b; }
 
 #ifdef __AVX512VNNI__
 #define HAS_INT8 1
-/* Products of whole [rows, K] with an int8 panel. Sums are of whole numbers, so nothing depends on their order. */
-INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t *start, const float *scale, float *y,
-                       long stride, long K, int rows) {
+/* Products of whole [rows, K], with a scale for each row, and an int8 panel. Sums are of whole numbers, so nothing depends on
+   their order. */
+INLINE void whole_tile(const uint8_t *whole, const float *scale, const Layer *layer, long n, float *y, long stride, long K,
+                       int rows) {
+    const int8_t *panel = (const int8_t *)layer->weight + n * K;
     ints sums[ROWS][REGISTERS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < REGISTERS; j++)
-        memcpy(&sums[m][j], start + j * LANES, sizeof(ints));
+        memcpy(&sums[m][j], layer->start + n + j * LANES, sizeof(ints));
     for (long k = 0; k < K; k += 4) {
         ints columns[REGISTERS];
         UNROLL for (int j = 0; j < REGISTERS; j++) memcpy(&columns[j], panel + k * COLUMNS + j * 4 * LANES, sizeof(ints));
@@ -51,15 +53,15 @@ INLINE void whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t 
         }
     }
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < REGISTERS; j++) {
-        floats value = __builtin_convertvector(sums[m][j], floats) * load(scale, j * LANES, LANES, 0);
-        store(y, m * stride + j * LANES, LANES, value, 0);
+        floats value = __builtin_convertvector(sums[m][j], floats) * load(layer->scale, n + j * LANES, LANES, 0);
+        store(y, m * stride + j * LANES, LANES, value * scale[m] + load(layer->bias, n + j * LANES, LANES, 0), 0);
     }
 }
 
-static void any_whole_tile(const uint8_t *whole, const int8_t *panel, const int32_t *start, const float *scale, float *y,
-                           long stride, long K, long rows) {
+static void any_whole_tile(const uint8_t *whole, const float *scale, const Layer *layer, long n, float *y, long stride, long K,
+                           long rows) {
     switch (rows) {
-#define OF_ROWS(rows) case rows: whole_tile(whole, panel, start, scale, y, stride, K, rows); break;
+#define OF_ROWS(rows) case rows: whole_tile(whole, scale, layer, n, y, stride, K, rows); break;
         OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6) OF_ROWS(7) OF_ROWS(8)
     }
 }
@@ -72,14 +74,12 @@ static void any_whole_tile(const uint8_t *whole, const int8_t *panel, const int3
 #define CHUNK 1536
 INLINE long chunks_of(const Layer *layer) { return layer->start ? 1 : (layer->K + CHUNK - 1) / CHUNK; }
 
-/* y [rows, stride] = the products of rows m .. m + rows of `in` with the panel of column n, of the chunk of k; in float32 from
-   the bias on. */
+/* y [rows, stride] = the layer of rows m .. m + rows of `in`, for the panel of column n, of the chunk of k. */
 static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows) {
     long K = layer->K, k = chunk * CHUNK, some = K - k < CHUNK ? K - k : CHUNK;
     const float *panel = (const float *)layer->weight + n * K + k * COLUMNS;
     if (HAS_INT8 && layer->start)
-        any_whole_tile(in->whole + m * fours(K), (const int8_t *)layer->weight + n * fours(K), layer->start + n,
-                       layer->scale + n, y, stride, fours(K), rows);
+        any_whole_tile(in->whole + m * fours(K), in->scale + m, layer, n, y, stride, fours(K), rows);
     else
         any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk ? y : layer->bias + n,
                  chunk ? stride : 0);
@@ -91,7 +91,7 @@ INLINE long block_of(const Layer *layer) { return layer->N * layer->K > 1 << 17 
 /* Floats of scratch memory that a layer needs. */
 long fastcfg_layer_scratch(const Layer *layer) { return block_of(layer) * ROWS * filled(layer->N); }
 
-/* Tiles first .. last of a layer's products, to y [rows, stride]. */
+/* Tiles first .. last of a layer, to y [rows, stride]. */
 static void multiply(const Layer *layer, const Tokens *in, float *y, long stride, Range some, long first, long last) {
     long from = tile_begins(first, some);
     for (long chunk = 0; chunk < chunks_of(layer); chunk++)
@@ -106,20 +106,19 @@ static void multiply(const Layer *layer, const Tokens *in, float *y, long stride
    same kind reads it; else into the stream, if there is one.  y: of fastcfg_layer_scratch. */
 static void run_layer(const Layer *layer, const Tokens *in, const Tokens *hidden, const Stream *to, float *y, Range some) {
     long tiles = tiles_of(some), N = layer->N, stride = filled(N), block = block_of(layer);
-    int direct = to && !to->residual && !layer->start && N == stride; /* there is nothing to be done behind it */
+    int direct = to && !to->residual && N == stride; /* there is nothing to be done behind it */
     for (long first = 0; first < tiles; first += block) {
         long last = first + block < tiles ? first + block : tiles, from = tile_begins(first, some);
         multiply(layer, in, direct ? (float *)to->out + from * N : y, stride, some, first, last);
         for (long m = from; m < tile_begins(last, some) && !direct; m++) {
             float *token = y + (m - from) * stride;
             if (to)
-                stream_token(to, m, token, layer->start ? in->scale[m] : 1, layer->start ? layer->bias : 0);
+                stream_token(to, m, token, 1, 0);
             else if (!hidden)
                 continue;
-            else if (layer->start) {
-                hidden->scale[m] = in->scale[m];
-                hidden_token(token, hidden->scale + m, layer->bias, token, hidden->whole + m * fours(N), N);
-            } else
+            else if (layer->start)
+                hidden_token(token, hidden->scale + m, 0, token, hidden->whole + m * fours(N), N);
+            else
                 for (long k = 0; k < N; k += LANES) {
                     int n = count(N - k);
                     store(hidden->values, m * N + k, n, gelu(load(token, k, n, 0)), 0);
@@ -236,13 +235,25 @@ static void meet(Team *team, long members) {
 /* adaLN of x [sources, T, D], as fastcfg_adaln, for a layer to read. */
 INLINE void condition(const Job *job, const float *x, long sources, long column, float eps, const Layer *layer,
                       const Tokens *out, Range some) {
-    const Network *net = job->net;
-    for (long m = some.begin; m < some.end; m++) {
-        const float *shift = job->table + job->index[m / net->T] * net->width + column;
-        long D = net->D, at = (m / net->T % sources * net->T + m % net->T) * D;
-        float *token = out->values + m * D;
-        adaln_token(x, at, shift, shift + D, token, 0, D, eps, 0);
-        if (layer->start) quantise(token, out->whole + m * fours(D), 0, out->scale + m, 1, D, 0);
+    long T = job->net->T, D = job->net->D;
+    for (long m = some.begin; m < some.end; m += TOGETHER) {
+        long n = some.end - m < TOGETHER ? some.end - m : TOGETHER, at[TOGETHER];
+        float mean[TOGETHER], factor[TOGETHER];
+        ints most[TOGETHER];
+        for (long i = 0; i < n; i++) {
+            at[i] = ((m + i) / T % sources * T + (m + i) % T) * D;
+            mean[i] = mean_of(x, at[i], D, 0);
+        }
+        for (long i = 0; i < n; i++) factor[i] = factor_of(x, at[i], D, mean[i], eps, 0);
+        for (long i = 0; i < n; i++) {
+            const float *shift = job->table + job->index[(m + i) / T] * job->net->width + column;
+            most[i] = modulate(x, at[i], shift, shift + D, out->values, (m + i) * D, D, mean[i], factor[i], 0);
+        }
+        for (long i = 0; i < n && layer->start; i++) {
+            float s = largest_magnitude(most[i]);
+            out->scale[m + i] = s / 127;
+            quantise_token(out->values, (m + i) * D, s, out->whole + (m + i) * fours(D), D, 0);
+        }
     }
 }
 
@@ -430,7 +441,7 @@ void fastcfg_loop(const Loop *loop, Team *team, long expected) {
     }
 }
 
-/* For measuring: a layer's products of M tokens alone, and those of a network of R rows, with its attention or without, on what
+/* For measuring: a layer of M tokens alone, and those of a network of R rows, with its attention or without, on what
    its memory holds. */
 void fastcfg_layer_products(const Layer *layer, const Tokens *in, float *y, long M) {
     run_layer(layer, in, 0, 0, y, (Range){0, M});
