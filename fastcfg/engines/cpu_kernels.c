@@ -191,7 +191,7 @@ INLINE floats power(floats t) {
 #ifdef __AVX512F__
     return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-    return (floats)((ints)p + ((ints)shifted << 23)) + (t - t); /* the sum of bits may be a number where t is none */
+    return (floats)((bits)p + ((bits)shifted << 23)) + (t - t); /* the sum of bits may be a number where t is none */
 #endif
 }
 
