@@ -374,15 +374,18 @@ void fastcfg_dequantise(const float *y, const float *scale, const float *bias, c
 }
 
 /* C = start + A B for `rows` rows and `registers` of columns, start being `apart` values further for the next row: C itself, a
-   row for all, or zeros. */
+   row for all, or zeros. ahead: what will be read like B next, if it is to be fetched meanwhile. */
 INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, int rows, int registers,
-                 const float *start, long apart) {
+                 const float *start, long apart, const float *ahead) {
     floats sums[ROWS][REGISTERS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
         sums[m][j] = start ? load(start, m * apart + j * LANES, LANES, 0) : all(0);
     for (long k = 0; k < K; k++) {
         floats columns[REGISTERS];
         UNROLL for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, 0);
+        if (ahead) {
+            UNROLL for (int j = 0; j < registers; j++) __builtin_prefetch(ahead + k * ldb + j * LANES, 0, 2);
+        }
         UNROLL for (int m = 0; m < rows; m++) {
             floats a = all(A[m * lda + k]);
             UNROLL for (int j = 0; j < registers; j++) sums[m][j] = MULTIPLY_ADD(a, columns[j], sums[m][j]);
@@ -394,10 +397,10 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
 
 /* tile for any number of rows and registers that there is. */
 static void any_tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, long rows, long registers,
-                     const float *start, long apart) {
+                     const float *start, long apart, const float *ahead) {
     switch (rows * 4 + registers) {
 #define OF(rows, registers) \
-    case rows * 4 + registers: tile(A, lda, B, ldb, C, ldc, K, rows, registers, start, apart); break;
+    case rows * 4 + registers: tile(A, lda, B, ldb, C, ldc, K, rows, registers, start, apart, ahead); break;
 #if REGISTERS > 2
 #define OF_ALL(rows) OF(rows, 1) OF(rows, 2) OF(rows, 3)
 #else
@@ -428,7 +431,7 @@ static void product(const float *A, long lda, const float *B, long ldb, float *C
         for (long t = 0; t < tiles_of(rows); t++) {
             long m = tile_begins(t, rows);
             float *to = C + m * ldc + n;
-            any_tile(A + m * lda, lda, B + n, ldb, to, ldc, K, tile_begins(t + 1, rows) - m, wide, more ? to : 0, ldc);
+            any_tile(A + m * lda, lda, B + n, ldb, to, ldc, K, tile_begins(t + 1, rows) - m, wide, more ? to : 0, ldc, 0);
         }
     }
 }

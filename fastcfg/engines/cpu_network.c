@@ -74,15 +74,17 @@ static void any_whole_tile(const uint8_t *whole, const float *scale, const Layer
 #define CHUNK 1536
 INLINE long chunks_of(const Layer *layer) { return layer->start ? 1 : (layer->K + CHUNK - 1) / CHUNK; }
 
-/* y [rows, stride] = the layer of rows m .. m + rows of `in`, for the panel of column n, of the chunk of k. */
-static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows) {
+/* y [rows, stride] = the layer of rows m .. m + rows of `in`, for the panel of column n, of the chunk of k; where it is the first
+   tile of that panel, the next one, which may have to come from memory, is fetched meanwhile. */
+static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows,
+                       int first) {
     long K = layer->K, k = chunk * CHUNK, some = K - k < CHUNK ? K - k : CHUNK;
     const float *panel = (const float *)layer->weight + n * K + k * COLUMNS;
     if (HAS_INT8 && layer->start)
         any_whole_tile(in->whole + m * fours(K), in->scale + m, layer, n, y, stride, fours(K), rows);
     else
         any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk ? y : layer->bias + n,
-                 chunk ? stride : 0);
+                 chunk ? stride : 0, first ? panel + K * COLUMNS : 0);
 }
 
 /* So many tiles share a panel, and their results the innermost caches; more where a layer's weight has to come from memory. */
@@ -98,7 +100,7 @@ static void multiply(const Layer *layer, const Tokens *in, float *y, long stride
         for (long n = 0; n < layer->N; n += COLUMNS)
             for (long t = first; t < last; t++) {
                 long m = tile_begins(t, some), rows = tile_begins(t + 1, some) - m;
-                layer_tile(layer, in, m, n, chunk, y + (m - from) * stride + n, stride, rows);
+                layer_tile(layer, in, m, n, chunk, y + (m - from) * stride + n, stride, rows, t == first);
             }
 }
 
