@@ -102,7 +102,7 @@ def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
         operations, stored = cpu_operations(kind == torch.int8), wide if kind == torch.int8 else kind
         weight, bias, h = (torch.randn(shape, generator=generator).to(stored) for shape in ((N, K), (N,), (1, M, K)))
         if in_one_call(kind):
-            products = NativeLayer(kernels().library, weight, bias, kind == torch.int8).products(h[0].float())
+            products = NativeLayer(kernels().library, weight, bias, kind).products(h[0].float())
             return lambda _: [products() for _ in range(REPEATS)]
         layer = operations.pack(weight, bias, rows=M)
         return lambda _: [operations.linear(h, *layer) for _ in range(REPEATS)]

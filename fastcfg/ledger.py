@@ -100,8 +100,7 @@ class _Counting:
 
     def __init__(self, engine: str, dtype: torch.dtype):
         on_cpu = engine == "cpu"
-        self.quantise = dtype == torch.int8
-        self.dtype = wide_dtype(dtype)
+        self.product_dtype, self.dtype = dtype, wide_dtype(dtype) if on_cpu else dtype
         self.state_dtype = torch.float64 if on_cpu else torch.float32
         self.table_dtype = torch.float32 if on_cpu else None
         self.step_table = step_table
@@ -117,7 +116,7 @@ class _Counting:
 
     def pack(self, weight: Tensor, bias: Tensor, *, rows: int, sensitive: bool = False) -> Layer:
         del rows
-        return Layer(weight.to(torch.int8) if self.quantise and not sensitive else weight, bias)
+        return Layer(weight if sensitive else weight.to(self.product_dtype), bias)
 
     def patch_embed(self, x: Tensor, weight: Tensor, bias: Tensor, position: Tensor, *, out: Tensor | None = None) -> Tensor:
         del bias
@@ -158,8 +157,7 @@ class _Counting:
         N, K = weight.shape
         out = _empty(*h.shape[:-1], N, dtype=h.dtype) if out is None else out
         epilogue = ", GELU" if gelu else ", gate, residual" if residual is not None else ""
-        product = torch.int8 if weight.dtype == torch.int8 else h.dtype
-        self.add(f"linear {K} to {N}{epilogue}", linear_cost(h, weight, residual=residual, out=out), product)
+        self.add(f"linear {K} to {N}{epilogue}", linear_cost(h, weight, residual=residual, out=out), weight.dtype)
         return out
 
     def attention(self, qkv: Tensor, heads: int, *, out: Tensor | None = None) -> Tensor:

@@ -31,6 +31,7 @@ MODELS = {
     "odd": {"input_size": 10, "hidden_size": 36, "num_heads": 3},  # 25 tokens of 36 values: no vector is filled
     "wide": {"hidden_size": 24, "num_heads": 1, "mlp_ratio": 66.7, "depth": 1},  # fc2 reads its panels in two parts
     "many tokens": {"input_size": 24, "hidden_size": 128, "num_heads": 2, "depth": 1},  # a layer of several blocks of tiles
+    "odd mlp": {"hidden_size": 36, "num_heads": 3, "mlp_ratio": 1.25},  # 45 hidden values, where bfloat16 comes in pairs
     "one token": {"input_size": 2, "hidden_size": 16, "num_heads": 1},
 }
 
@@ -42,8 +43,13 @@ def compiled(library: object, monkeypatch: pytest.MonkeyPatch) -> object:  # noq
     return library
 
 
-def program_of(model: Denoiser, quantise: bool = False) -> NativeDiT:
-    return NativeDiT(model, a_plan(model), CPU, quantise)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def program_of(model: Denoiser, dtype: torch.dtype = torch.float32) -> NativeDiT:
+    if dtype == torch.int8 and not cpu_dit.kernels().library.fastcfg_has_int8():
+        pytest.skip("compiled without VNNI")
+    return NativeDiT(model, a_plan(model), CPU, dtype)
 
 
 def poison(program: NativeDiT, rows: int, threads: int = 1) -> None:
@@ -67,10 +73,27 @@ def test_float32_is_the_module(name: str) -> None:
     assert relative(got.double(), want) < 2e-6
 
 
-@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("name", MODELS)
-def test_both_halves_share_their_tokens_and_no_row_depends_on_another(compiled: object, name: str, quantise: bool) -> None:
-    program = program_of(random_model(**MODELS[name]), quantise and compiled.fastcfg_has_int8())  # type: ignore[attr-defined]
+def test_bfloat16_errs_no_more_than_twice_what_torch_does(name: str) -> None:
+    model = random_model(**MODELS[name])
+    program = program_of(model, torch.bfloat16)
+    x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(1))
+    t, y = torch.tensor([3.0, 500.0, 980.0]), torch.tensor([0, 4, 2])
+    poison(program, 3)
+    with torch.inference_mode():
+        want = model.module(x, t, y)
+        torchs = model.module.bfloat16()(x.bfloat16(), t, y).float()
+        got = program.denoise(program.embed(x), program.modulations(t, y), torch.arange(3))
+    assert 0 < relative(got, want) <= 2 * relative(torchs, want)
+    assert (got - want).norm() <= 1.2 * (torchs - want).norm()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_halves_share_their_tokens_and_no_row_depends_on_another(name: str, dtype: torch.dtype) -> None:
+    program = program_of(random_model(**MODELS[name]), dtype)
     tokens, table = _random(program, 6)
     index = torch.tensor([5, 0, 3, 3, 1, 2], dtype=torch.int32)
     poison(program, 6)
@@ -85,11 +108,9 @@ def test_both_halves_share_their_tokens_and_no_row_depends_on_another(compiled: 
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_has_the_bits_of_onednns_products(compiled: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of whole numbers are exact, and all else is the operations', one by one."""
-    if not compiled.fastcfg_has_int8():  # type: ignore[attr-defined]
-        pytest.skip("compiled without VNNI")
     monkeypatch.setattr("fastcfg.engines.cpu_ops._attends_by_products", lambda _: False)
     model = random_model(**MODELS[name])
-    program = program_of(model, quantise=True)
+    program = program_of(model, torch.int8)
     one_by_one = FusedDiT(model, program.plan, NativeOperations(compiled, quantise=True), CPU, torch.float32)
     tokens, table = _random(program, 2)
     index = torch.arange(2, dtype=torch.int32)
@@ -110,24 +131,31 @@ def test_tokens_are_those_of_the_operations() -> None:
         torch.testing.assert_close(program.embed(x), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("quantise", [False, True])
-def test_what_is_not_a_number_stays_so(compiled: object, quantise: bool) -> None:
-    program = program_of(random_model(), quantise and compiled.fastcfg_has_int8())  # type: ignore[attr-defined]
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    program = program_of(random_model(), dtype)
     tokens, table = _random(program, 3)
     tokens[1, 2, 3] = torch.nan
     assert program.denoise(tokens, table, torch.arange(3)).isnan().flatten(1).all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("quantise", [False, True])
-def test_what_is_measured_is_a_product(compiled: object, quantise: bool) -> None:
-    quantise = quantise and bool(compiled.fastcfg_has_int8())  # type: ignore[attr-defined]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [64, 3124])  # one chunk of k, and more
+def test_what_is_measured_is_a_product(compiled: object, dtype: torch.dtype, K: int) -> None:
+    if dtype == torch.int8 and not compiled.fastcfg_has_int8():  # type: ignore[attr-defined]
+        pytest.skip("compiled without VNNI")
     generator = torch.Generator().manual_seed(0)
-    h, weight = torch.randn(19, 64, generator=generator), torch.randn(50, 64, generator=generator)
+    h, weight = torch.randn(19, K, generator=generator), torch.randn(50, K, generator=generator)
     bias = torch.randn(50, generator=generator)
-    result = NativeLayer(compiled, weight, bias, quantise).products(h)()
+    result = NativeLayer(compiled, weight, bias, dtype).products(h)()
     columns = compiled.fastcfg_columns()  # type: ignore[attr-defined]
     result = result.view(-1, -(-50 // columns) * columns)[:19, :50]
-    assert relative(result, F.linear(h, weight, bias)) < (0.03 if quantise else 1e-6)
+    if dtype == torch.bfloat16:  # sums of exact products
+        h, weight = h.bfloat16().float(), weight.bfloat16().float()
+    assert relative(result.double(), F.linear(h.double(), weight.double(), bias.double())) < (
+        0.03 if dtype == torch.int8 else 2e-6
+    )
 
 
 # Threads
@@ -138,12 +166,16 @@ needs_library = pytest.mark.skipif(not in_one_call(torch.float32), reason="no ne
 @needs_library
 @pytest.mark.parametrize("rows", [1, 2, 3, 6])
 @pytest.mark.parametrize("threads", [2, 3, 5])
-@pytest.mark.parametrize("name", ["odd", "many tokens", "one token"])
-def test_a_team_computes_what_one_thread_does(name: str, threads: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ("odd", "many tokens", "one token")), ("odd", torch.bfloat16)]
+)
+def test_a_team_computes_what_one_thread_does(
+    name: str, dtype: torch.dtype, threads: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By rows where threads divide them, else by tokens and heads, of which there may be fewer than threads; job after job,
     helpers coming when they may."""
     monkeypatch.setattr(cpu_dit, "TOKENS_EACH", 1)
-    program, workers = program_of(random_model(**MODELS[name])), Workers(threads)
+    program, workers = program_of(random_model(**MODELS[name]), dtype), Workers(threads)
     tokens, table = _random(program, rows)
     index = torch.arange(rows, dtype=torch.int32)
     want = program.denoise(tokens, table, index)

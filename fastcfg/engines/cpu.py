@@ -210,10 +210,9 @@ class CpuEngine:
             return self._make_program(model, dtype)
 
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
-        quantise = dtype == torch.int8
         if in_one_call(dtype):
-            return NativeDiT(model, self.plan, self.device, quantise)
-        return FusedDiT(model, self.plan, cpu_operations(quantise), self.device, wide_dtype(dtype))
+            return NativeDiT(model, self.plan, self.device, dtype)
+        return FusedDiT(model, self.plan, cpu_operations(dtype == torch.int8), self.device, wide_dtype(dtype))
 
 
 def _first_block(module: DiT) -> DiT:

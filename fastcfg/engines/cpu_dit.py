@@ -27,6 +27,7 @@ from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT, DiTBlock
 from fastcfg.plan import Plan
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # the library's numbers for a layer's weight
 TOKENS_EACH = 16  # at least, of a thread in a team
 NOISE_BYTES = 2**20  # of noise that is drawn before the steps that need it
 
@@ -34,7 +35,7 @@ NOISE_BYTES = 2**20  # of noise that is drawn before the steps that need it
 class _Layer(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("weight", "start", "scale", "bias")),
-        *((name, ctypes.c_long) for name in ("N", "K")),
+        *((name, ctypes.c_long) for name in ("N", "K", "kind")),
     ]
 
 
@@ -75,30 +76,30 @@ class _Loop(ctypes.Structure):
 
 
 def in_one_call(dtype: torch.dtype) -> bool:
-    """Whether `NativeDiT` computes in this dtype here. Not measured: a sample's bits must be the same on all machines with this
-    processor. Products of AMX tiles, which are oneDNN's, are several times as fast."""
+    """Whether `NativeDiT` makes its products in this dtype here. Not measured: a sample's bits must be the same on all machines
+    with this processor. Products of AMX tiles, which are oneDNN's, are several times as fast."""
     library = None if portable.active() else kernels().library
     if library is None:
         return False
-    if dtype == torch.int8:
-        return bool(library.fastcfg_has_int8()) and "amx_int8" not in cpuinfo("flags").split()
-    return dtype == torch.float32 and bool(library.fastcfg_has_float32())
+    has = library.fastcfg_has_int8() if dtype == torch.int8 else library.fastcfg_has_float32()
+    tiles = {torch.int8: "amx_int8", torch.bfloat16: "amx_bf16"}.get(dtype)
+    return dtype in KINDS and bool(has) and tiles not in cpuinfo("flags").split()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What engine cpu computes in beside its blocks' products, which are in `dtype`."""
-    if dtype != torch.int8:
-        return dtype
-    return torch.float32 if in_one_call(dtype) else beside_int8()
+    if in_one_call(dtype):
+        return torch.float32
+    return beside_int8() if dtype == torch.int8 else dtype
 
 
 class NativeDiT(FusedDiT):
-    """`FusedDiT` in float32, with the blocks' products in int8 where asked for. Rows of a sample depend on no others, whatever
-    number of them is computed together."""
+    """`FusedDiT` in float32, with the blocks' products in `dtype`: float32, bfloat16 or int8. Rows of a sample depend on no
+    others, whatever number of them is computed together."""
 
-    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, quantise: bool = False):
+    def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype = torch.float32):
         self._library: Any = kernels().library
-        self._quantise = quantise
+        self._products_dtype = dtype
         self._own = threading.local()  # a thread's scratch memory, and the team that it leads
         self._native = NativeOperations(self._library)
         super().__init__(model, plan, self._native, device, torch.float32)
@@ -231,7 +232,7 @@ class NativeDiT(FusedDiT):
         blocks = [self._native_block(block) for block in module.blocks]
         self._network = _Network(
             self._kept(weight.flatten(1).T), self._kept(position + bias),
-            (_Block * len(blocks))(*blocks), self._native_layer(last.linear, False), last.norm_final.eps,
+            (_Block * len(blocks))(*blocks), self._native_layer(last.linear, torch.float32), last.norm_final.eps,
             config.depth, config.tokens, config.hidden_size, config.mlp_width, config.num_heads,
             (6 * config.depth + 2) * config.hidden_size,
             config.input_size // config.patch_size, config.patch_size, config.in_channels, config.out_channels,
@@ -245,10 +246,10 @@ class NativeDiT(FusedDiT):
     def _native_block(self, block: nn.Module) -> _Block:
         assert isinstance(block, DiTBlock)
         layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        return _Block(*(self._native_layer(layer, self._quantise) for layer in layers), block.norm1.eps, block.norm2.eps)
+        return _Block(*(self._native_layer(layer, self._products_dtype) for layer in layers), block.norm1.eps, block.norm2.eps)
 
-    def _native_layer(self, layer: nn.Linear, quantise: bool) -> _Layer:
-        packed = NativeLayer(self._library, layer.weight.detach().cpu(), layer.bias.detach().cpu(), quantise)
+    def _native_layer(self, layer: nn.Linear, dtype: torch.dtype) -> _Layer:
+        packed = NativeLayer(self._library, layer.weight.detach().cpu(), layer.bias.detach().cpu(), dtype)
         self._packed.append(packed)
         return packed.structure
 
@@ -256,38 +257,43 @@ class NativeDiT(FusedDiT):
 class NativeLayer:
     """A copy of a linear layer, weight [N, K] and bias [N], as the library's products read it.
 
-    Panels of columns, filled up with zeros: float32 [panels, K, columns] or int8 [panels, K / 4, columns, 4].
+    Panels of columns, filled up with zeros: float32 [panels, K, columns], bfloat16 [panels, K / 2, columns, 2] or int8
+    [panels, K / 4, columns, 4].
     """
 
-    def __init__(self, library: Any, weight: Tensor, bias: Tensor, quantise: bool):
-        self._library = library
+    def __init__(self, library: Any, weight: Tensor, bias: Tensor, dtype: torch.dtype):
+        self._library, self._dtype = library, dtype
         (N, K), columns = weight.shape, library.fastcfg_columns()
         filled = -N % columns
         bias = F.pad(bias.float(), (0, filled)).clone()
-        if quantise:
+        if dtype == torch.int8:
             whole, scale = quantised(weight.float())
             whole, scale = F.pad(whole, (0, -K % 4, 0, filled)), F.pad(scale[:, 0], (0, filled))
             panels = whole.view(-1, columns, (K + 3) // 4, 4).transpose(1, 2).contiguous()
             self._tensors = [panels, -128 * whole.sum(1, dtype=torch.int32), scale, bias]
-            self.structure = _Layer(*(tensor.data_ptr() for tensor in self._tensors), N, K)
+            self.structure = _Layer(*(tensor.data_ptr() for tensor in self._tensors), N, K, KINDS[dtype])
         else:
-            padded = F.pad(weight.float(), (0, 0, 0, filled)).view(-1, columns, K)
+            together = 2 if dtype == torch.bfloat16 else 1
+            padded = F.pad(weight.to(dtype), (0, -K % together, 0, filled)).view(-1, columns, -(-K // together), together)
             panels = padded.transpose(1, 2).clone(memory_format=torch.contiguous_format)
             self._tensors = [panels, bias]
-            self.structure = _Layer(panels.data_ptr(), None, None, bias.data_ptr(), N, K)
+            self.structure = _Layer(panels.data_ptr(), None, None, bias.data_ptr(), N, K, KINDS[dtype])
 
     def products(self, h: Tensor) -> Callable[[], Tensor]:
         """What computes the layer alone for h, float32 [M, K], for measuring: in scratch memory, with more columns; in int8, of
         tokens that are quantised already, and 4 must divide K."""
         place, y = ctypes.byref(self.structure), torch.empty(self._library.fastcfg_layer_scratch(ctypes.byref(self.structure)))
-        whole, scale, _ = CpuOperations()._quantised(h)
-        given = _Tokens(h.data_ptr(), whole.data_ptr(), scale.data_ptr())
+        values, (whole, scale, _) = (
+            F.pad(h.bfloat16(), (0, h.shape[1] % 2)) if self._dtype == torch.bfloat16 else h,
+            CpuOperations()._quantised(h),
+        )
+        given = _Tokens(values.data_ptr(), whole.data_ptr(), scale.data_ptr())
 
         def call() -> Tensor:
             self._library.fastcfg_layer_products(place, ctypes.byref(given), y.data_ptr(), len(h))
             return y
 
-        call.kept = (h, whole, scale)  # type: ignore[attr-defined]
+        call.kept = (values, whole, scale)  # type: ignore[attr-defined]
         return call
 
 

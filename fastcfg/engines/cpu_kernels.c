@@ -1,7 +1,6 @@
 /* What a DiT's blocks do between products, on one core: one pass over memory each, in float32 registers.
 
-   Compiled where it runs (cpu_native.py). Tensors are contiguous; kind says what is in an array that may be one of two:
-   0 float32, 1 bfloat16 (2 float64, in guided_step). table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has
+   Compiled where it runs (cpu_native.py). Tensors are contiguous; kind says what is in an array that may be one of several. table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has
    fewer rows than index, rows share it: row r reads row r mod sources. Every token is computed alone, so its bits do not
    depend on the others.
 
@@ -42,6 +41,8 @@
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+/* What is in an array that may be one of several. */
+#define FLOAT32 0
 #define BFLOAT16 1
 #define FLOAT64 2
 
@@ -79,12 +80,15 @@ INLINE floats load(const void *array, long start, int n, int kind) {
     return value;
 }
 
+/* The nearest bfloat16, ties to even, in the low half of each lane; a NaN stays one. */
+INLINE bits halved(floats value) {
+    bits word = (bits)value, is_nan = (bits)(value != value);
+    return (((word + 0x7fff + ((word >> 16) & 1)) >> 16) & ~is_nan) | (0x7fc0 & is_nan);
+}
+
 INLINE void store(void *array, long start, int n, floats value, int kind) {
-    if (kind == BFLOAT16) { /* to the nearest, ties to even; a NaN stays one */
-        bits word = (bits)value;
-        bits rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-        bits is_nan = (bits)(value != value);
-        halves half = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), halves);
+    if (kind == BFLOAT16) {
+        halves half = __builtin_convertvector(halved(value), halves);
         copy((uint16_t *)array + start, &half, n, 2);
         return;
     }
@@ -247,13 +251,13 @@ INLINE float factor_of(const void *x, long at, long D, float mean, float eps, in
 
 /* Returns its largest magnitudes, one a lane, for int8. */
 INLINE ints modulate(const void *x, long at, const float *shift, const float *scale, void *out, long to, long D, float mean,
-                     float factor, int kind) {
+                     float factor, int kind, int to_kind) {
     ints most = {0};
     for (long d = 0; d < D; d += LANES) {
         int n = count(D - d);
         floats normal = (load(x, at + d, n, kind) - mean) * factor;
         floats value = normal * (1.0f + load(scale, d, n, 0)) + load(shift, d, n, 0);
-        store(out, to + d, n, value, kind);
+        store(out, to + d, n, value, to_kind);
         most = larger_magnitude(only(value, n, 0), most);
     }
     return most;
@@ -269,7 +273,8 @@ INLINE void adaln(const void *x, const float *table, const int32_t *index, void 
             float mean[TOGETHER], factor[TOGETHER];
             for (long i = 0; i < some; i++) mean[i] = mean_of(x, at + i * D, D, kind);
             for (long i = 0; i < some; i++) factor[i] = factor_of(x, at + i * D, D, mean[i], eps, kind);
-            for (long i = 0; i < some; i++) modulate(x, at + i * D, shift, scale, out, to + i * D, D, mean[i], factor[i], kind);
+            for (long i = 0; i < some; i++)
+                modulate(x, at + i * D, shift, scale, out, to + i * D, D, mean[i], factor[i], kind, kind);
         }
     }
 }
@@ -395,21 +400,61 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
         store(C, m * ldc + j * LANES, LANES, sums[m][j], 0);
 }
 
-/* tile for any number of rows and registers that there is. */
+/* tile of bfloat16 that comes in pairs of k, which are in a word in B: A [rows, lda], lda even, B [pairs, ldb]. */
+INLINE void pair_tile(const uint16_t *A, long lda, const uint32_t *B, long ldb, float *C, long ldc, long pairs, int rows,
+                      int registers, const float *start, long apart, const uint32_t *ahead) {
+    floats sums[ROWS][REGISTERS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
+        sums[m][j] = start ? load(start, m * apart + j * LANES, LANES, FLOAT32) : all(0);
+    for (long k = 0; k < pairs; k++) {
+        bits columns[REGISTERS];
+        UNROLL for (int j = 0; j < registers; j++) columns[j] = (bits)load(B, k * ldb + j * LANES, LANES, FLOAT32);
+        if (ahead) {
+            UNROLL for (int j = 0; j < registers; j++) __builtin_prefetch(ahead + k * ldb + j * LANES, 0, 2);
+        }
+        UNROLL for (int m = 0; m < rows; m++) {
+            uint32_t two;
+            memcpy(&two, A + m * lda + 2 * k, 4);
+            bits pair = two - (bits){0};
+            UNROLL for (int j = 0; j < registers; j++)
+#ifdef __AVX512BF16__
+                /* GCC copies the sums to memory and back around the intrinsic for this, which takes three times as long */
+                __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums[m][j]) : "v"(pair), "v"(columns[j]));
+#else
+                sums[m][j] = MULTIPLY_ADD((floats)(pair << 16), (floats)(columns[j] << 16),
+                                          MULTIPLY_ADD((floats)(pair & 0xffff0000), (floats)(columns[j] & 0xffff0000), sums[m][j]));
+#endif
+        }
+    }
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
+        store(C, m * ldc + j * LANES, LANES, sums[m][j], FLOAT32);
+}
+
+/* Both for any number of rows and registers that there is. */
+#if REGISTERS > 2
+#define OF_ROW(OF, rows) OF(rows, 1) OF(rows, 2) OF(rows, 3)
+#define OF_MORE(OF) OF_ROW(OF, 7) OF_ROW(OF, 8)
+#else
+#define OF_ROW(OF, rows) OF(rows, 1) OF(rows, 2)
+#define OF_MORE(OF)
+#endif
+#define OF_ALL(OF) OF_ROW(OF, 1) OF_ROW(OF, 2) OF_ROW(OF, 3) OF_ROW(OF, 4) OF_ROW(OF, 5) OF_ROW(OF, 6) OF_MORE(OF)
+
 static void any_tile(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long K, long rows, long registers,
                      const float *start, long apart, const float *ahead) {
     switch (rows * 4 + registers) {
-#define OF(rows, registers) \
+#define OF_TILE(rows, registers) \
     case rows * 4 + registers: tile(A, lda, B, ldb, C, ldc, K, rows, registers, start, apart, ahead); break;
-#if REGISTERS > 2
-#define OF_ALL(rows) OF(rows, 1) OF(rows, 2) OF(rows, 3)
-#else
-#define OF_ALL(rows) OF(rows, 1) OF(rows, 2)
-#endif
-        OF_ALL(1) OF_ALL(2) OF_ALL(3) OF_ALL(4) OF_ALL(5) OF_ALL(6)
-#if ROWS > 6
-        OF_ALL(7) OF_ALL(8)
-#endif
+        OF_ALL(OF_TILE)
+    }
+}
+
+static void any_pair_tile(const uint16_t *A, long lda, const uint32_t *B, long ldb, float *C, long ldc, long pairs, long rows,
+                          long registers, const float *start, long apart, const uint32_t *ahead) {
+    switch (rows * 4 + registers) {
+#define OF_PAIRS(rows, registers) \
+    case rows * 4 + registers: pair_tile(A, lda, B, ldb, C, ldc, pairs, rows, registers, start, apart, ahead); break;
+        OF_ALL(OF_PAIRS)
     }
 }
 
@@ -423,15 +468,21 @@ INLINE long tile_begins(long t, Range some) { return some.begin + t * (some.end 
 /* Of N registers of columns that are left, how many to take: as many threes as leave no one over. */
 INLINE long panel_of(long N) { return REGISTERS == 2 || N == 2 || N == 4 ? (N < 2 ? N : 2) : N < 3 ? N : 3; }
 
-/* C = A B, or C + A B: rows [M, K] [K, N], N a multiple of LANES. Tiles share a panel of B while it is in the first cache. */
-static void product(const float *A, long lda, const float *B, long ldb, float *C, long ldc, long M, long N, long K, int more) {
+/* C = A B, or C + A B: rows [M, K] [K, N], N a multiple of LANES, as tile or, in bfloat16, pair_tile has them. Tiles share a panel
+   of B while it is in the first cache. */
+static void product(const void *A, long lda, const void *B, long ldb, float *C, long ldc, long M, long N, long K, int more,
+                    int kind) {
     Range rows = {0, M};
     for (long n = 0, wide; n < N; n += wide * LANES) {
         wide = panel_of((N - n) / LANES);
         for (long t = 0; t < tiles_of(rows); t++) {
-            long m = tile_begins(t, rows);
-            float *to = C + m * ldc + n;
-            any_tile(A + m * lda, lda, B + n, ldb, to, ldc, K, tile_begins(t + 1, rows) - m, wide, more ? to : 0, ldc, 0);
+            long m = tile_begins(t, rows), some = tile_begins(t + 1, rows) - m;
+            float *to = C + m * ldc + n, *start = more ? to : 0;
+            if (kind == BFLOAT16)
+                any_pair_tile((const uint16_t *)A + m * lda, lda, (const uint32_t *)B + n, ldb, to, ldc, (K + 1) / 2, some, wide,
+                              start, ldc, 0);
+            else
+                any_tile((const float *)A + m * lda, lda, (const float *)B + n, ldb, to, ldc, K, some, wide, start, ldc, 0);
         }
     }
 }
@@ -442,9 +493,10 @@ INLINE long apart(long n) { return up(n) + LANES; } /* rows of k: a power of two
 #define QUERIES (4 * ROWS) /* that share k and v while those are in the first cache */
 #define KEYS 128           /* of v at a time */
 
-/* Weights e^(factor (s - max s)) of some queries' scores s [queries, stride], of T keys each, filled up to registers, in place;
-   and one over each one's sum. One after the other, each would wait for its largest score. */
-INLINE void weigh(float *s, long stride, long queries, long T, float factor, float *weights) {
+/* Weights e^(factor (s - max s)) of some queries' scores s [queries, stride], of T keys each, filled up to registers, in place: in
+   bfloat16 where that is `kind`, a row from where the scores' begins; and one over each one's sum. One after the other, each would
+   wait for its largest score. */
+INLINE void weigh(float *s, long stride, long queries, long T, float factor, float *weights, int kind) {
     float highest[QUERIES];
     factor *= LOG2_E;
     for (long m = 0; m < queries; m++) {
@@ -458,18 +510,27 @@ INLINE void weigh(float *s, long stride, long queries, long T, float factor, flo
         for (long k = 0; k < T; k += LANES) {
             floats weight = power((only(load(s, m * stride + k, LANES, 0), count(T - k), -INFINITY) - highest[m]) * factor);
             total += weight;
-            store(s, m * stride + k, LANES, weight, 0);
+            store(s + m * stride, k, LANES, weight, kind);
         }
         weights[m] = 1 / sum(total);
     }
 }
 
-/* to [n, stride] = n tokens' d values of `array`, which are `step` values apart. */
-INLINE void gather(const void *array, long start, long step, long n, long d, float *to, long stride, int kind) {
+/* to [n, stride] of `to_kind` = n tokens' d values of `array`, which are `step` values apart. */
+INLINE void gather(const void *array, long start, long step, long n, long d, void *to, long stride, int kind, int to_kind) {
     for (long t = 0; t < n; t++) {
         long i = 0;
-        for (; i + LANES <= d; i += LANES) store(to, t * stride + i, LANES, load(array, start + t * step + i, LANES, kind), 0);
-        if (i < d) store(to, t * stride + i, (int)(d - i), load(array, start + t * step + i, (int)(d - i), kind), 0);
+        for (; i + LANES <= d; i += LANES) store(to, t * stride + i, LANES, load(array, start + t * step + i, LANES, kind), to_kind);
+        if (i < d) store(to, t * stride + i, (int)(d - i), load(array, start + t * step + i, (int)(d - i), kind), to_kind);
+    }
+}
+
+/* Two float32 tokens' values as pairs; without a second one, zeros in its place. */
+INLINE void pair(const float *first, const float *second, long d, uint32_t *to) {
+    for (long i = 0; i < d; i += LANES) {
+        int n = count(d - i);
+        bits low = halved(load(first, i, n, FLOAT32)), high = second ? halved(load(second, i, n, FLOAT32)) : (bits){0};
+        store(to, i, n, (floats)(low | high << 16), FLOAT32);
     }
 }
 
@@ -504,44 +565,57 @@ INLINE void transpose(const float *from, long step, float *to, long stride) {
 #endif
 }
 
-/* Floats of scratch memory that fastcfg_attention needs. */
+/* Floats of scratch memory that attention needs. */
 long fastcfg_attention_scratch(long T, long d) {
-    return QUERIES * (up(d) + up(T) + up(d)) + up(d) * apart(T) + T * up(d) + LANES * up(d);
+    long wide = up(d) + LANES;
+    return QUERIES * (wide + up(T) + wide) + wide * apart(T) + T * wide + LANES * wide;
 }
 
-/* softmax(q k^T / sqrt(d)) v of one head of row r.  qkv [R, T, 3, heads, d], out [R, T, heads, d] of one kind. */
-static void attend_head(const void *qkv, void *out, float *scratch, long r, long head, long T, long heads, long d, int kind) {
-    long wide = up(d), keys = up(T), D = heads * d, start = r * T * 3 * D + head * d;
-    float *q = scratch, *scores = q + QUERIES * wide, *result = scores + QUERIES * keys, *k = result + QUERIES * wide;
-    float *v = k + wide * apart(T), *few = v + T * wide; /* LANES tokens, on their way to k */
+/* softmax(q k^T / sqrt(d)) v of one head of row r.  qkv [R, T, 3, heads, d] of `kind`, out [R, T, heads, d] of `to_kind`. Its
+   products are made in float32; or in bfloat16 where out is and qkv is float32, with k in pairs of values and v in pairs of keys. */
+static void attend_head(const void *qkv, void *out, float *scratch, long r, long head, long T, long heads, long d, int kind,
+                        int to_kind) {
+    int in = kind == FLOAT32 ? to_kind : FLOAT32;
+    long pairs = in == BFLOAT16, wide = up(d), words = pairs ? up((d + 1) / 2) : wide; /* of a token of k */
+    long values = pairs ? 2 * words : words, keys = up(T), D = heads * d, start = r * T * 3 * D + head * d;
+    float *q = scratch, *scores = q + QUERIES * words, *result = scores + QUERIES * keys, *k = result + QUERIES * wide;
+    float *v = k + words * apart(T), *few = v + T * wide; /* LANES tokens, on their way to k */
     if (wide != d) memset(v, 0, sizeof(float) * (size_t)(T * wide));
-    gather(qkv, start + 2 * D, 3 * D, T, d, v, wide, kind);
+    for (long t = 0; pairs && t < T; t += 2) {
+        const float *token = (const float *)qkv + start + 2 * D + t * 3 * D;
+        pair(token, t + 1 < T ? token + 3 * D : 0, d, (uint32_t *)v + t / 2 * wide);
+    }
+    if (!pairs) gather(qkv, start + 2 * D, 3 * D, T, d, v, wide, kind, FLOAT32);
     for (long t = 0; t < T; t += LANES) {
         int n = count(T - t);
-        if (n < LANES || wide != d) memset(few, 0, sizeof(float) * (size_t)(LANES * wide));
-        gather(qkv, start + D + t * 3 * D, 3 * D, n, d, few, wide, kind);
-        for (long i = 0; i < wide; i += LANES) transpose(few + i, wide, k + i * apart(T) + t, apart(T));
+        if (n < LANES || values != d) memset(few, 0, sizeof(float) * (size_t)(LANES * words));
+        gather(qkv, start + D + t * 3 * D, 3 * D, n, d, few, values, kind, in);
+        for (long i = 0; i < words; i += LANES) transpose(few + i, words, k + i * apart(T) + t, apart(T));
     }
+    if (values != d) memset(q, 0, sizeof(float) * (size_t)(QUERIES * words));
     for (long t = 0, rows; t < T; t += rows) {
         rows = T - t < QUERIES ? T - t : QUERIES;
-        gather(qkv, start + t * 3 * D, 3 * D, rows, d, q, wide, kind);
-        product(q, wide, k, apart(T), scores, keys, rows, keys, d, 0);
+        gather(qkv, start + t * 3 * D, 3 * D, rows, d, q, values, kind, in);
+        product(q, values, k, apart(T), scores, keys, rows, keys, d, 0, in);
         float weights[QUERIES];
-        weigh(scores, keys, rows, T, 1 / sqrtf((float)d), weights);
-        for (long key = 0; key < T; key += KEYS)
-            product(scores + key, keys, v + key * wide, wide, result, wide, rows, wide, T - key < KEYS ? T - key : KEYS, key > 0);
+        weigh(scores, keys, rows, T, 1 / sqrtf((float)d), weights, in);
+        for (long key = 0; key < T; key += KEYS) {
+            const void *some = pairs ? (const void *)((uint16_t *)scores + key) : scores + key;
+            product(some, pairs ? 2 * keys : keys, v + (pairs ? key / 2 : key) * wide, wide, result, wide, rows, wide,
+                    T - key < KEYS ? T - key : KEYS, key > 0, in);
+        }
         for (long m = 0; m < rows; m++)
             for (long i = 0; i < d; i += LANES) {
                 int n = count(d - i);
                 floats value = load(result, m * wide + i, n, 0) * weights[m];
-                store(out, (r * T + t + m) * D + head * d + i, n, value, kind);
+                store(out, (r * T + t + m) * D + head * d + i, n, value, to_kind);
             }
     }
 }
 
 void fastcfg_attention(const void *qkv, void *out, float *scratch, long R, long T, long heads, long d, int kind) {
     for (long r = 0; r < R; r++)
-        for (long head = 0; head < heads; head++) attend_head(qkv, out, scratch, r, head, T, heads, d, kind);
+        for (long head = 0; head < heads; head++) attend_head(qkv, out, scratch, r, head, T, heads, d, kind, kind);
 }
 
 INLINE double number(const void *array, long at, int kind) {

@@ -7,19 +7,22 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-/* A linear layer, its weight [N, K] packed into panels of COLUMNS columns: float32 [N / COLUMNS, K, COLUMNS], or int8
-   [N / COLUMNS, K / 4, COLUMNS, 4] where there are the columns' scales and `start`, which takes back the 128 that is in every
-   activation: -128 times a column's sum. N, and in int8 K, are filled up with zeros, and the bias to as many columns. */
+#define INT8 3 /* a layer's kind */
+
+/* A linear layer, its weight [N, K] packed into panels of COLUMNS columns: float32 [N / COLUMNS, K, COLUMNS], bfloat16
+   [N / COLUMNS, K / 2, COLUMNS, 2] or int8 [N / COLUMNS, K / 4, COLUMNS, 4]. In int8 there are the columns' scales, and `start`,
+   which takes back the 128 that is in every activation: -128 times a column's sum. N and K are filled up with zeros, and
+   the bias to as many columns as N. */
 typedef struct {
     const void *weight;
     const int32_t *start;
     const float *scale, *bias;
-    long N, K;
+    long N, K, kind;
 } Layer;
 
-/* What a layer reads: values [M, K] for a float32 layer, whole [M, fours(K)] and scale [M] of `quantise` for an int8 one. */
+/* What a layer reads: values [M, pitch] of its kind, or, for an int8 one, whole [M, pitch] and scale [M] of `quantise`. */
 typedef struct {
-    float *values;
+    void *values;
     uint8_t *whole;
     float *scale;
 } Tokens;
@@ -28,6 +31,7 @@ typedef struct {
 
 INLINE long filled(long N) { return (N + COLUMNS - 1) / COLUMNS * COLUMNS; }
 INLINE long fours(long K) { return (K + 3) / 4 * 4; }
+INLINE long pitch(long kind, long K) { return kind == INT8 ? fours(K) : kind == BFLOAT16 ? (K + 1) / 2 * 2 : K; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
 
 #ifdef __AVX512VNNI__
@@ -70,21 +74,26 @@ static void any_whole_tile(const uint8_t *whole, const float *scale, const Layer
 #define any_whole_tile(...)
 #endif
 
-/* A float32 panel is read so many k at a time: with more, it would leave the second cache between two tiles. */
-#define CHUNK 1536
-INLINE long chunks_of(const Layer *layer) { return layer->start ? 1 : (layer->K + CHUNK - 1) / CHUNK; }
+/* A panel is read so many k at a time: with more, it would leave the second cache between two tiles. */
+INLINE long chunk_of(const Layer *layer) { return layer->kind == INT8 ? layer->K : layer->kind == BFLOAT16 ? 3072 : 1536; }
+INLINE long chunks_of(const Layer *layer) { return (layer->K + chunk_of(layer) - 1) / chunk_of(layer); }
 
 /* y [rows, stride] = the layer of rows m .. m + rows of `in`, for the panel of column n, of the chunk of k; where it is the first
    tile of that panel, the next one, which may have to come from memory, is fetched meanwhile. */
 static void layer_tile(const Layer *layer, const Tokens *in, long m, long n, long chunk, float *y, long stride, long rows,
                        int first) {
-    long K = layer->K, k = chunk * CHUNK, some = K - k < CHUNK ? K - k : CHUNK;
-    const float *panel = (const float *)layer->weight + n * K + k * COLUMNS;
-    if (HAS_INT8 && layer->start)
-        any_whole_tile(in->whole + m * fours(K), in->scale + m, layer, n, y, stride, fours(K), rows);
+    long K = pitch(layer->kind, layer->K), k = chunk * chunk_of(layer), some = K - k < chunk_of(layer) ? K - k : chunk_of(layer);
+    long from = n * K + k * COLUMNS, next = from + K * COLUMNS, apart = chunk ? stride : 0;
+    const float *start = chunk ? y : layer->bias + n, *panels = layer->weight;
+    const uint32_t *pairs = layer->weight;
+    if (HAS_INT8 && layer->kind == INT8)
+        any_whole_tile(in->whole + m * K, in->scale + m, layer, n, y, stride, K, rows);
+    else if (layer->kind == BFLOAT16)
+        any_pair_tile((const uint16_t *)in->values + m * K + k, K, pairs + from / 2, COLUMNS, y, stride, some / 2, rows,
+                      REGISTERS, start, apart, first ? pairs + next / 2 : 0);
     else
-        any_tile(in->values + m * K + k, K, panel, COLUMNS, y, stride, some, rows, REGISTERS, chunk ? y : layer->bias + n,
-                 chunk ? stride : 0, first ? panel + K * COLUMNS : 0);
+        any_tile((const float *)in->values + m * K + k, K, panels + from, COLUMNS, y, stride, some, rows, REGISTERS, start, apart,
+                 first ? panels + next : 0);
 }
 
 /* So many tiles share a panel, and their results the innermost caches; more where a layer's weight has to come from memory. */
@@ -118,12 +127,12 @@ static void run_layer(const Layer *layer, const Tokens *in, const Tokens *hidden
                 stream_token(to, m, token, 1, 0);
             else if (!hidden)
                 continue;
-            else if (layer->start)
+            else if (layer->kind == INT8)
                 hidden_token(token, hidden->scale + m, 0, token, hidden->whole + m * fours(N), N);
             else
                 for (long k = 0; k < N; k += LANES) {
                     int n = count(N - k);
-                    store(hidden->values, m * N + k, n, gelu(load(token, k, n, 0)), 0);
+                    store(hidden->values, m * pitch(layer->kind, N) + k, n, gelu(load(token, k, n, FLOAT32)), (int)layer->kind);
                 }
         }
     }
@@ -134,7 +143,7 @@ typedef struct {
     float eps1, eps2;
 } Block;
 
-/* A DiT. embedding [C p p, D] and position [T, D], to which the patches' bias is added; width: of the table of shifts, scales and
+/* A DiT, whose D 4 divides. embedding [C p p, D] and position [T, D], to which the patches' bias is added; width: of the table of shifts, scales and
    gates, six of a block, one after the other, and two of the last layer; side: patches of a row; outputs: C or 2 C. */
 typedef struct {
     const float *embedding, *position;
@@ -146,7 +155,8 @@ typedef struct {
 
 /* Where it works: for M = R T tokens, and a thread's own of y and attention. */
 typedef struct {
-    float *stream, *qkv, *hidden, *normed, *scale, *patches, *y, *attention;
+    float *stream, *qkv, *wide, *scale, *patches, *y, *attention;
+    void *hidden, *normed;
     uint8_t *whole;
 } Scratch;
 
@@ -160,8 +170,9 @@ static long lay_out(const Network *net, long R, long threads, float *start, long
 #define SHARED(name, type, floats) to->name = (type *)(start + used), used += up(floats)
     SHARED(stream, float, M * D);
     SHARED(qkv, float, M * 3 * D);
-    SHARED(hidden, float, M * (net->H + 3)); /* or bytes */
-    SHARED(normed, float, M * D);
+    SHARED(hidden, void, M * (net->H + 3)); /* float32, or fewer bytes */
+    SHARED(normed, void, M * D);
+    SHARED(wide, float, M * D); /* what the last layer reads: a token has its place in normed by another layer's kind */
     SHARED(scale, float, M);
     SHARED(patches, float, M * net->last.N);
     SHARED(whole, uint8_t, M * fours(D) / 4);
@@ -237,6 +248,7 @@ static void meet(Team *team, long members) {
 /* adaLN of x [sources, T, D], as fastcfg_adaln, for a layer to read. */
 INLINE void condition(const Job *job, const float *x, long sources, long column, float eps, const Layer *layer,
                       const Tokens *out, Range some) {
+    int to = layer->kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
     long T = job->net->T, D = job->net->D;
     for (long m = some.begin; m < some.end; m += TOGETHER) {
         long n = some.end - m < TOGETHER ? some.end - m : TOGETHER, at[TOGETHER];
@@ -249,9 +261,9 @@ INLINE void condition(const Job *job, const float *x, long sources, long column,
         for (long i = 0; i < n; i++) factor[i] = factor_of(x, at[i], D, mean[i], eps, 0);
         for (long i = 0; i < n; i++) {
             const float *shift = job->table + job->index[(m + i) / T] * job->net->width + column;
-            most[i] = modulate(x, at[i], shift, shift + D, out->values, (m + i) * D, D, mean[i], factor[i], 0);
+            most[i] = modulate(x, at[i], shift, shift + D, out->values, (m + i) * D, D, mean[i], factor[i], FLOAT32, to);
         }
-        for (long i = 0; i < n && layer->start; i++) {
+        for (long i = 0; i < n && layer->kind == INT8; i++) {
             float s = largest_magnitude(most[i]);
             out->scale[m + i] = s / 127;
             quantise_token(out->values, (m + i) * D, s, out->whole + (m + i) * fours(D), D, 0);
@@ -287,16 +299,19 @@ static void work(const Job *job, Team *team, long rank, long members, long place
     if (team) some = share(R * T, rank, members), heads = share(R * net->heads, rank, members);
     Tokens normed = {s.normed, s.whole, s.scale}, hidden = {s.hidden, (uint8_t *)s.hidden, s.scale};
     const float *x = job->tokens;
+    int to = net->blocks->qkv.kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
+    for (long m = some.begin; m < some.end && to == BFLOAT16 && net->H % 2; m++)
+        ((uint16_t *)s.hidden)[m * (net->H + 1) + net->H] = 0; /* what fills up a token, and nothing writes to */
     for (const Block *block = net->blocks; block < net->blocks + net->depth; block++, column += 6 * D) {
         Stream plain = {0, 0, 0, s.qkv, R, T, 3 * D, 0, 0, 0};
         condition(job, x, sources, column, block->eps1, &block->qkv, &normed, some);
         run_layer(&block->qkv, &normed, 0, &plain, s.y, some);
         meet(team, members);
         for (long h = heads.begin; h < heads.end; h++)
-            attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, 0);
+            attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, FLOAT32, to);
         meet(team, members);
-        if (block->proj.start)
-            quantise(s.normed + some.begin * D, s.whole + some.begin * fours(D), fours(D), s.scale + some.begin,
+        if (block->proj.kind == INT8)
+            quantise((float *)s.normed + some.begin * D, s.whole + some.begin * fours(D), fours(D), s.scale + some.begin,
                      some.end - some.begin, D, 0);
         Stream joined = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 2 * D, 0};
         run_layer(&block->proj, &normed, 0, &joined, s.y, some);
@@ -308,8 +323,9 @@ static void work(const Job *job, Team *team, long rank, long members, long place
         run_layer(&block->fc2, &hidden, 0, &again, s.y, some);
     }
     Stream end = {0, 0, 0, s.patches, R, T, net->last.N, 0, 0, 0};
-    condition(job, x, sources, column, net->last_eps, &net->last, &normed, some);
-    run_layer(&net->last, &normed, 0, &end, s.y, some);
+    Tokens wide = {s.wide, 0, 0};
+    condition(job, x, sources, column, net->last_eps, &net->last, &wide, some);
+    run_layer(&net->last, &wide, 0, &end, s.y, some);
     unpatchify(job, s.patches, some);
 }
 
@@ -456,12 +472,15 @@ void fastcfg_products(const Network *net, float *memory, long R, int attention) 
     Tokens normed = {s.normed, s.whole, s.scale}, hidden = {s.hidden, (uint8_t *)s.hidden, s.scale};
     for (const Block *block = net->blocks; block < net->blocks + net->depth; block++) {
         fastcfg_layer_products(&block->qkv, &normed, s.y, M);
-        if (attention) fastcfg_attention(s.qkv, s.stream, s.attention, R, net->T, net->heads, net->D / net->heads, 0);
+        for (long h = 0; attention && h < R * net->heads; h++)
+            attend_head(s.qkv, s.stream, s.attention, h / net->heads, h % net->heads, net->T, net->heads, net->D / net->heads,
+                        FLOAT32, block->proj.kind == BFLOAT16 ? BFLOAT16 : FLOAT32);
         fastcfg_layer_products(&block->proj, &normed, s.y, M);
         fastcfg_layer_products(&block->fc1, &normed, s.y, M);
         fastcfg_layer_products(&block->fc2, &hidden, s.y, M);
     }
-    fastcfg_layer_products(&net->last, &normed, s.y, M);
+    Tokens wide = {s.wide, 0, 0};
+    fastcfg_layer_products(&net->last, &wide, s.y, M);
 }
 
 /* The columns of a panel. */
