@@ -264,29 +264,22 @@ class NativeLayer:
     def __init__(self, library: Any, weight: Tensor, bias: Tensor, dtype: torch.dtype):
         self._library, self._dtype = library, dtype
         (N, K), columns = weight.shape, library.fastcfg_columns()
-        filled = -N % columns
-        bias = F.pad(bias.float(), (0, filled)).clone()
+        filled, together = -N % columns, {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[dtype]
+        start = scale = None
         if dtype == torch.int8:
-            whole, scale = quantised(weight.float())
-            whole, scale = F.pad(whole, (0, -K % 4, 0, filled)), F.pad(scale[:, 0], (0, filled))
-            panels = whole.view(-1, columns, (K + 3) // 4, 4).transpose(1, 2).contiguous()
-            self._tensors = [panels, -128 * whole.sum(1, dtype=torch.int32), scale, bias]
-            self.structure = _Layer(*(tensor.data_ptr() for tensor in self._tensors), N, K, KINDS[dtype])
-        else:
-            together = 2 if dtype == torch.bfloat16 else 1
-            padded = F.pad(weight.to(dtype), (0, -K % together, 0, filled)).view(-1, columns, -(-K // together), together)
-            panels = padded.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-            self._tensors = [panels, bias]
-            self.structure = _Layer(panels.data_ptr(), None, None, bias.data_ptr(), N, K, KINDS[dtype])
+            weight, scale = quantised(weight.float())
+            start, scale = F.pad(-128 * weight.sum(1, dtype=torch.int32), (0, filled)), F.pad(scale[:, 0], (0, filled))
+        weight = F.pad(weight.to(dtype), (0, -K % together, 0, filled)).view(-1, columns, -(-K // together), together)
+        panels = weight.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        self._tensors = (panels, start, scale, F.pad(bias.float(), (0, filled)).clone())
+        self.structure = _Layer(*map(address, self._tensors), N, K, KINDS[dtype])
 
     def products(self, h: Tensor) -> Callable[[], Tensor]:
         """What computes the layer alone for h, float32 [M, K], for measuring: in scratch memory, with more columns; in int8, of
         tokens that are quantised already, and 4 must divide K."""
         place, y = ctypes.byref(self.structure), torch.empty(self._library.fastcfg_layer_scratch(ctypes.byref(self.structure)))
-        values, (whole, scale, _) = (
-            F.pad(h.bfloat16(), (0, h.shape[1] % 2)) if self._dtype == torch.bfloat16 else h,
-            CpuOperations()._quantised(h),
-        )
+        values = F.pad(h.bfloat16(), (0, h.shape[1] % 2)) if self._dtype == torch.bfloat16 else h
+        whole, scale, _ = CpuOperations()._quantised(h)
         given = _Tokens(values.data_ptr(), whole.data_ptr(), scale.data_ptr())
 
         def call() -> Tensor:

@@ -1,8 +1,8 @@
 /* What a DiT's blocks do between products, on one core: one pass over memory each, in float32 registers.
 
-   Compiled where it runs (cpu_native.py). Tensors are contiguous; kind says what is in an array that may be one of several. table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has
-   fewer rows than index, rows share it: row r reads row r mod sources. Every token is computed alone, so its bits do not
-   depend on the others.
+   Compiled where it runs (cpu_native.py). Tensors are contiguous; kind says what is in an array that may be one of several.
+   table [., width] is float32, and index[r] its line for row r: shifts, scales and gates. Where x has fewer rows than index,
+   rows share it: row r reads row r mod sources. A token's bits do not depend on other tokens.
 
    Compile without contraction of a * b + c: where it pays, it is asked for (MULTIPLY_ADD); guided_step has to round as the
    reference engine does. */

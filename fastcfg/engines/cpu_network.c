@@ -143,8 +143,9 @@ typedef struct {
     float eps1, eps2;
 } Block;
 
-/* A DiT, whose D 4 divides. embedding [C p p, D] and position [T, D], to which the patches' bias is added; width: of the table of shifts, scales and
-   gates, six of a block, one after the other, and two of the last layer; side: patches of a row; outputs: C or 2 C. */
+/* A DiT, whose D 4 divides. embedding [C p p, D] and position [T, D], to which the patches' bias is added; width: of the table of
+   shifts, scales and gates, six of a block, one after the other, and two of the last layer; side: patches of a row; outputs: C
+   or 2 C. */
 typedef struct {
     const float *embedding, *position;
     const Block *blocks;

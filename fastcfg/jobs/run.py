@@ -188,6 +188,7 @@ def _complete(job: Job, runner: Runner, progress: bool) -> Status:
     if not found.complete:
         gone = [str(k) for k in sorted((*found.missing, *found.damaged))]
         raise JobError(f"units were moved, removed or cut short while the run was under way: {_first(gone)}")
+    job.store.clean()  # once more: a killed run's worker may still have held its unit when this run began
     return replace(found, computed=going.computed)
 
 

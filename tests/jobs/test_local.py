@@ -331,6 +331,18 @@ def test_a_unit_that_goes_while_others_are_computed_is_an_error(tiny_spec: Spec,
     assert _complete(job, failing(0, 0), progress=False).computed == 1
 
 
+def test_what_a_writer_left_that_died_after_the_run_began_is_gone_at_its_end(tiny_spec: Spec, tmp_path: Path) -> None:
+    """A worker that SIGKILL finds in a write to the disk ends, and lets go of its unit, when that returns."""
+    job = make_job(tiny_spec, tmp_path / "job")
+
+    def runner(job: Job, missing: Iterable[Unit]) -> Iterator[Outcome]:
+        (tmp_path / "job" / "units" / f".unit-000003.safetensors.{'0' * 16}.tmp").touch()
+        yield from failing(0, 0)(job, missing)
+
+    assert _complete(job, runner, progress=False).computed == 7
+    assert not list((tmp_path / "job" / "units").glob(".*"))
+
+
 def test_a_lost_folder_of_units_is_made_again(tiny_spec: Spec, tmp_path: Path) -> None:
     job = make_job(tiny_spec, tmp_path / "job")
     (tmp_path / "job" / "units").rmdir()
