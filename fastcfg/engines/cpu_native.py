@@ -1,4 +1,4 @@
-"""The fused program's operations on a CPU with `cpu_kernels.c` for what lies between the products, where it can be compiled.
+"""The fused program's operations on a CPU, with C for what lies between the products, where it can be compiled.
 
 torch needs several passes over memory, and several calls, for what is one of each there: a small model's step is mostly calls.
 The compiler is the machine's own, as for Triton; the library is kept beside the remembered choices, one for each processor.
@@ -29,7 +29,11 @@ from fastcfg.errors import Error
 from fastcfg.files import replacing
 from fastcfg.noise import box_muller
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_network.c", "cpu_kernels.c")]  # the first includes the other
+# The first includes the others
+SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("cpu_network.c", "cpu_kernels.c", "cpu_attention.c", "cpu_products.h", "cpu_vectors.h")
+]
 # Without contraction: where a * b + c is to be rounded once, the source says so
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-pthread", "-shared", "-fPIC")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # the last for model_out alone, to which classifiers add

@@ -1,6 +1,7 @@
-/* A whole DiT from its tokens to its output, for cpu_dit.py: what cpu_kernels.c has, products of its own, and a team of threads
-   that share one call. */
+/* A whole DiT from its tokens to its output, and the steps of a call, for cpu_dit.py: layers of its own products, and a team of
+   threads that share one call. */
 
+#include "cpu_attention.c"
 #include "cpu_kernels.c"
 
 #include <pthread.h>
