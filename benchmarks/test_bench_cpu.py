@@ -79,10 +79,8 @@ def test_network(benchmark: Any, how: str, dtype: str) -> None:
     program = made.engine._program
     if how == "operations":
         program = FusedDiT(made.model, made.plan, cpu_operations(dtype == "int8"), CPU, WIDE[dtype])
-    table = draw(1, program.table_width)
-    benchmark(
-        program.denoise, draw(1, program.config.tokens, program.config.hidden_size), table, torch.zeros(1, dtype=torch.int32)
-    )
+    tokens = draw(1, program.config.tokens, program.config.hidden_size, dtype=program.dtype)
+    benchmark(program.denoise, tokens, draw(1, program.table_width), torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "int8"])
