@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcfg import portable
 from fastcfg.engines.base import Request
 from fastcfg.engines.choice import cpuinfo
-from fastcfg.engines.cpu_native import NativeOperations, address, kernels
+from fastcfg.engines.cpu_native import KINDS, NativeOperations, address, kernels
 from fastcfg.engines.cpu_ops import CpuOperations, beside_int8, quantised
 from fastcfg.engines.fused_dit import Buffers, Denoise, FusedDiT, Samples
 from fastcfg.engines.workers import Item, Result, Workers
@@ -27,7 +27,6 @@ from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT, DiTBlock
 from fastcfg.plan import Plan
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # the library's numbers for a layer's weight
 TOKENS_EACH = 16  # at least, of a thread in a team
 NOISE_BYTES = 2**20  # of noise that is drawn before the steps that need it
 
@@ -79,11 +78,11 @@ def in_one_call(dtype: torch.dtype) -> bool:
     """Whether `NativeDiT` makes its products in this dtype here. Not measured: a sample's bits must be the same on all machines
     with this processor. Products of AMX tiles, which are oneDNN's, are several times as fast."""
     library = None if portable.active() else kernels().library
-    if library is None:
+    if library is None or dtype not in (torch.float32, torch.bfloat16, torch.int8):
         return False
     has = library.fastcfg_has_int8() if dtype == torch.int8 else library.fastcfg_has_float32()
     tiles = {torch.int8: "amx_int8", torch.bfloat16: "amx_bf16"}.get(dtype)
-    return dtype in KINDS and bool(has) and tiles not in cpuinfo("flags").split()
+    return bool(has) and tiles not in cpuinfo("flags").split()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@
 /* Tokens that go through adaLN together: of one alone, each pass would wait for the sum of the pass before. */
 #define TOGETHER 8
 
-/* A token's mean, one over its deviation, and what of adaLN is then done with n <= LANES of its values. */
+/* adaLN's three passes over a token: its mean, one over its deviation, and the result. */
 INLINE float mean_of(const void *x, long at, long D, int kind) {
     floats total = {0};
     for (long d = 0; d < D; d += LANES) total += load(x, at + d, count(D - d), kind);
@@ -26,7 +26,7 @@ INLINE float factor_of(const void *x, long at, long D, float mean, float eps, in
     return 1 / sqrtf(sum(square) / (float)D + eps);
 }
 
-/* Returns its largest magnitudes, one a lane, for int8. */
+/* Returns the result's largest magnitudes, one a lane, for int8. */
 INLINE ints modulate(const void *x, long at, const float *shift, const float *scale, void *out, long to, long D, float mean,
                      float factor, int kind, int to_kind) {
     ints most = {0};

@@ -36,7 +36,8 @@ SOURCES = [
 ]
 # Without contraction: where a * b + c is to be rounded once, the source says so
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-w", "-pthread", "-shared", "-fPIC")
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}  # the last for model_out alone, to which classifiers add
+# The library's numbers for what is in an array: float64 in model_out alone, to which classifiers add; int8 in a layer's weight
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3}
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, list[Any]] = {
