@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from fastcfg.errors import Error
 from fastcfg.kernels import tuned
 from fastcfg.kernels.tuned import Config, Key
 
-LaunchHook = Callable[[Any, Config, dict[str, Any]], None]
+Grid = tuple[int, ...]
+LaunchHook = Callable[[Any, Grid, Config, dict[str, Any]], None]
 Lookup = Callable[[Key], Config | None]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,15 +71,24 @@ def gpu_of(tensor: Tensor) -> str:
     return "interpreter" if target_of(tensor) == "interpreter" else torch.cuda.get_device_name(tensor.device)
 
 
-def tuned_config(kernel: str, tensors: Sequence[Tensor | None], **shape: int) -> Config | None:
+def multiprocessors(tensor: Tensor) -> int:
+    """How many the tensor's GPU has; an H100's in the interpreter."""
+    return 132 if interpreted() else torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def tuned_config(kernel: str, tensors: Sequence[Tensor | None], grid: Callable[[Config], Grid], **shape: int) -> Config | None:
     """The configuration measured for a kernel on the tensors' GPU, dtypes and a model's shape; None where there is none.
 
-    shape: what `tuned.FIELDS` names for the kernel. It must not depend on the number of rows: a sample's bits would.
+    grid: the launch's, by configuration. shape: what `tuned.FIELDS` names for the kernel. It must not depend on the number
+    of rows: a sample's bits would.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in given)
     asked = tuned.key(kernel, "+".join(dtypes), shape)
-    return _offline[2](asked) if _offline is not None else tuned.configurations(gpu_of(given[0])).get(asked)
+    if _offline is not None:
+        return _offline[2](asked)
+    entry = tuned.entries_for(gpu_of(given[0])).get(asked)
+    return None if entry is None else entry.taken(math.prod(grid(entry.config)), multiprocessors(given[0]))
 
 
 def family(target: str) -> str:
@@ -98,10 +109,10 @@ def dot_precision(dtype: torch.dtype, target: str) -> str:
     return "tf32x3" if dtype == torch.float32 and family(target) != "gfx942" else "ieee"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, config: Config, **arguments: Any) -> None:
+def launch(kernel: Any, grid: Grid, device: torch.device, config: Config, **arguments: Any) -> None:
     """Runs `kernel` over `grid` on `device`, every argument by name."""
     if _offline is not None:
-        _offline[1](kernel, config, arguments)
+        _offline[1](kernel, grid, config, arguments)
         return
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

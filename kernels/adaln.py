@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, into, launch, next_power_of_2, tuned_config, wide
+from fastcfg.kernels._launch import FLOATS, Config, Cost, Grid, cdiv, check, into, launch, next_power_of_2, tuned_config, wide
 
 
 def adaln_ref(
@@ -80,9 +80,13 @@ def adaln(
         raise Error(f"index must have a multiple of x's {B} rows, got {R}")
     out = torch.empty(R, T, D, dtype=x.dtype, device=x.device) if out is None else out
     check("out", out, [R, T, D], FLOATS, x.device)
-    config = config or tuned_config("adaln", (x, out), D=D) or adaln_config(D)
+
+    def grid(config: Config) -> Grid:
+        return R, cdiv(T, config["TOKENS"])
+
+    config = config or tuned_config("adaln", (x, out), grid, D=D) or adaln_config(D)
     launch(
-        _adaln_kernel, (R, cdiv(T, config["TOKENS"])), x.device, config,
+        _adaln_kernel, grid(config), x.device, config,
         x=x, table=table, index=index, out=out, eps=float(eps), sources=B, tokens=T, width=table.shape[1],
         shift_column=shift_column, scale_column=scale_column, D=D, BLOCK_D=next_power_of_2(D),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from fastcfg.kernels._launch import (
     FLOATS,
     Config,
     Cost,
+    Grid,
     cdiv,
     check,
     dot_precision,
@@ -136,14 +137,18 @@ def attention(qkv: Tensor, heads: int, *, out: Tensor | None = None, config: Con
     target = target_of(qkv)
     # TF32 passes hold both operands' high and low parts in registers, which is too much at 128 columns
     main, rest = head_parts(head_dim, widest=64 if qkv.dtype == torch.float32 else MAX_HEAD_DIM)
-    config = config or tuned_config("attention", (qkv,), tokens=T, head_dim=head_dim)
+
+    def grid(config: Config) -> Grid:
+        return (R * heads * cdiv(T, config["BLOCK_M"]),)
+
+    config = config or tuned_config("attention", (qkv,), grid, tokens=T, head_dim=head_dim)
     config = dict(config or attention_config(T, head_dim, qkv.dtype, target))
     config["DESCRIPTORS"] = descriptors = bool(config["DESCRIPTORS"]) and qkv.data_ptr() % 16 == 0
     operands = [qkv, qkv]
     if descriptors:
         operands = [_descriptor(qkv, heads, config["BLOCK_N"], part) for part in (main, rest or main)]
     launch(
-        _attention_kernel, (R * heads * cdiv(T, config["BLOCK_M"]),), qkv.device, config,
+        _attention_kernel, grid(config), qkv.device, config,
         qkv=qkv, main=operands[0], rest=operands[1], out=out, scale=math.log2(math.e) / math.sqrt(head_dim), T=T,
         HEADS=heads, HEAD_DIM=head_dim, MAIN=main, REST=rest, PRECISION=dot_precision(qkv.dtype, target),
     )  # fmt: skip

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import TARGETS, Config, Lookup, family, interpreted, offline
+from fastcfg.kernels._launch import TARGETS, Config, Grid, Lookup, family, interpreted, offline
 from fastcfg.kernels.adaln import adaln
 from fastcfg.kernels.attention import attention
 from fastcfg.kernels.guided_step import guided_step
@@ -108,7 +108,8 @@ def check_kernels(
         raise Error(f"unknown targets {unknown}: known are {', '.join(TARGETS)}")
     tables = [table for table in shipped_tables() if family(table.target) in targets]
     tasks = [partial(_compile_nth, n, target) for n in range(len(_all_cases())) for target in targets]
-    tasks += [partial(compile_entry, entry.key, entry.config, table.target) for table in tables for entry in table.entries]
+    entries = [(entry, table.target) for table in tables for entry in table.entries]
+    tasks += [partial(compile_entry, entry.key, config, target) for entry, target in entries for config in entry.configs]
     show(HEADER)
     failed = []
     for rows in _results(tasks, processes or min(torch.get_num_threads(), MAX_PROCESSES)):
@@ -150,7 +151,7 @@ def compile_entry(key: Key, config: Config, target: str, heads: int = 16) -> lis
     asked: list[Key] = []
     try:
         case = tuned_case(key, config, heads)
-        with offline(target, lambda kernel, config, arguments: None, asked.append):
+        with offline(target, lambda kernel, grid, config, arguments: None, asked.append):
             case.call()
     except Error as error:
         return [_failed(key.kernel, str(key), target, str(error))]
@@ -168,7 +169,8 @@ def compile_case(case: Case, target: str, lookup: Lookup = lambda key: None) -> 
     _refuse_interpreter()
     rows: list[Row] = []
 
-    def hook(kernel: Any, config: Config, arguments: dict[str, Any]) -> None:
+    def hook(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+        del grid
         name = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
         try:
             compiled = _compile(kernel, config, arguments, target)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, launch, next_power_of_2, tuned_config, wide
+from fastcfg.kernels._launch import FLOATS, Config, Cost, Grid, cdiv, check, launch, next_power_of_2, tuned_config, wide
 from fastcfg.kernels._step import C_NOISE, GUIDED, WIDTH, check_step, guide, guide_ref, solver_update, solver_update_ref
 
 CHUNK = 4096  # elements behind one entry of the moments table
@@ -179,9 +179,13 @@ def guided_step(
         check("moments", moments, moments_shape(x, channels), torch.float32, x.device)
         tables = {"moments": moments, "scale": scale, "step": step, "CHUNK": CHUNK}
         launch(_moments_kernel, (B, chunks), x.device, _MOMENTS_CONFIG, model_out=model_out, **tables, **sizes)
-    config = config or tuned_config("guided_step", (model_out,), elements=elements) or guided_step_config()
+
+    def grid(config: Config) -> Grid:
+        return B, cdiv(elements, config["BLOCK"])
+
+    config = config or tuned_config("guided_step", (model_out,), grid, elements=elements) or guided_step_config()
     launch(
-        _guided_step_kernel, (B, cdiv(elements, config["BLOCK"])), x.device, config,
+        _guided_step_kernel, grid(config), x.device, config,
         model_out=model_out, x=x, out=out, model_input=model_input, moments=moments if rescaled else None,
         rescale=float(rescale), elements=elements, HALVES=halves, RESCALE=rescaled, CLIP=bool(clip), CHUNK=CHUNK,
         COPIES=0 if model_input is None else len(model_input) // B, CHUNKS=next_power_of_2(chunks),

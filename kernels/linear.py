@@ -29,6 +29,7 @@ from fastcfg.kernels._launch import (
     FLOATS,
     Config,
     Cost,
+    Grid,
     cdiv,
     check,
     dot_precision,
@@ -174,7 +175,11 @@ def linear(
         raise Error("out cannot be the residual where rows share it")
     target = target_of(h)
     gate_tokens = tokens if residual is not None else 0
-    config = config or tuned_config("linear", (h, out, residual), N=N, K=K, gelu=int(gelu), gate_tokens=gate_tokens)
+
+    def grid(config: Config) -> Grid:
+        return (cdiv(rows, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)
+
+    config = config or tuned_config("linear", (h, out, residual), grid, N=N, K=K, gelu=int(gelu), gate_tokens=gate_tokens)
     config = dict(config or linear_config(N, h.dtype, target, gate_tokens))
     shapes = [(h, K), (weight, K), (out, N)] + [(residual, N)] * (residual is not None)
     config["DESCRIPTORS"] = descriptors = bool(config["DESCRIPTORS"]) and all(
@@ -190,7 +195,7 @@ def linear(
         if gate is ONE_GATE:
             operands["residual"] = _descriptor(operands["residual"], M, half)
     launch(
-        _linear_kernel, (cdiv(rows, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),), h.device, config,
+        _linear_kernel, grid(config), h.device, config,
         bias=bias, table=table, index=index, rows=rows, tokens=tokens,
         sources=1 if residual is None else len(residual), table_width=0 if table is None else table.shape[1],
         gate_column=gate_column, N=N, K=K, BIAS=bias is not None, GELU=bool(gelu), GATE=gate.value,

@@ -31,7 +31,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import FLOATS, Config, Cost, cdiv, check, dot_precision, family, launch, target_of, tuned_config
+from fastcfg.kernels._launch import (
+    FLOATS,
+    Config,
+    Cost,
+    Grid,
+    cdiv,
+    check,
+    dot_precision,
+    family,
+    launch,
+    target_of,
+    tuned_config,
+)
 from fastcfg.kernels._step import GUIDED, WIDTH, check_step, guide, solver_update
 from fastcfg.kernels.adaln import adaln_ref, check_table
 from fastcfg.kernels.guided_step import guided_step_ref
@@ -227,10 +239,14 @@ def step_boundary(
     _check_embedding(x, h, patch, embedding)
     T, D = h.shape[1:]
     target, columns = target_of(h), patch_columns(C, patch, MAX_VALUES)
-    config = config or tuned_config("step_boundary", (h, weight), columns=columns, D=D, learned=int(learned))
+
+    def grid(config: Config) -> Grid:
+        return B, cdiv(T, config["TOKENS"])
+
+    config = config or tuned_config("step_boundary", (h, weight), grid, columns=columns, D=D, learned=int(learned))
     config = config or step_boundary_config(columns, weight.dtype, target)
     launch(
-        _step_boundary_kernel, (B, cdiv(T, config["TOKENS"])), x.device, config,
+        _step_boundary_kernel, grid(config), x.device, config,
         h=h, table=table, index=index, weight=weight, bias=bias, x=x, out=out, eps=float(eps), rows=B, tokens=T,
         table_width=table.shape[1], shift_column=shift_column, scale_column=scale_column,
         guided_elements=H * W * (C if channels is None else channels), C=C, OUT_CHANNELS=out_channels, H=H, W=W,

@@ -2,9 +2,10 @@
 
 A table is a JSON file for one GPU, with a line for each entry: kernel, dtype, shape, configuration, milliseconds of the
 default and of this configuration by batch, and where that was measured. Shapes are the model's and never say how many rows
-there are, so one configuration serves every batch and a sample's bits do not depend on it. Nothing is measured here:
-`benchmarks/gpu_session.py --sections tune` makes tables. Those in `tables/` are shipped; the variable FASTCFG_TUNED names
-another, which takes the place of the shipped one.
+there are, so that a sample's bits do not depend on its batch. An entry may hold a second configuration, for launches that
+leave multiprocessors idle with the first, as at batch 1: one that gave the same bits where it was measured. Nothing is
+measured here: `benchmarks/gpu_session.py --sections tune` makes tables. Those in `tables/` are shipped; the variable
+FASTCFG_TUNED names another, which takes the place of the shipped one.
 """
 
 from __future__ import annotations
@@ -55,18 +56,30 @@ def key(kernel: str, dtype: str, shape: Mapping[str, int]) -> Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """ms: by batch, the median time of the default and of `config`. measured: driver, versions, commit and date."""
+    """few: what launches take that with `config` have fewer programs than the GPU has multiprocessors; None: `config`.
+
+    ms: by batch, the median time of the default and of what is taken there. measured: driver, versions, commit and date.
+    """
 
     kernel: str
     dtype: str
     shape: dict[str, int]
     config: Config
+    few: Config | None
     ms: dict[str, list[float]]
     measured: dict[str, str]
 
     @property
     def key(self) -> Key:
         return key(self.kernel, self.dtype, self.shape)
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        return (self.config,) if self.few is None else (self.config, self.few)
+
+    def taken(self, programs: int, multiprocessors: int) -> Config:
+        """The configuration of a launch that with `config` has so many programs."""
+        return self.few if self.few is not None and programs < multiprocessors else self.config
 
 
 @dataclass(frozen=True)
@@ -78,15 +91,15 @@ class Table:
     entries: tuple[Entry, ...]
 
 
-def configurations(gpu: str) -> Mapping[Key, Config]:
+def entries_for(gpu: str) -> Mapping[Key, Entry]:
     """The entries in use on a GPU, read once. Raises Error as `table_for` does."""
-    return _configurations(gpu, os.environ.get(VARIABLE, ""))
+    return _entries_for(gpu, os.environ.get(VARIABLE, ""))
 
 
 @functools.cache
-def _configurations(gpu: str, own: str) -> Mapping[Key, Config]:
+def _entries_for(gpu: str, own: str) -> Mapping[Key, Entry]:
     table = _table_for(gpu, own)
-    return {} if table is None else {entry.key: entry.config for entry in table.entries}
+    return {} if table is None else {entry.key: entry for entry in table.entries}
 
 
 def table_for(gpu: str) -> Table | None:
@@ -148,11 +161,11 @@ def _faults(entry: Entry) -> Iterable[str]:
         yield f"known are kernels {', '.join(FIELDS)} and dtypes {', '.join(DTYPES)}"
         return
     sizes, tiles = FIELDS[entry.kernel]
-    for what, given, wanted in (("shape", entry.shape, sizes), ("config", entry.config, tiles | {"num_warps", "num_stages"})):
-        if set(given) != wanted:
-            yield f"its {what} must say {', '.join(sorted(wanted))}"
+    tiles = tiles | {"num_warps", "num_stages"}
+    parts = [("shape", entry.shape, sizes), *(("configuration", config, tiles) for config in entry.configs)]
+    yield from (f"its {what} must say {', '.join(sorted(wanted))}" for what, given, wanted in parts if set(given) != wanted)
     yield from (f"{name} is {size!r}" for name, size in entry.shape.items() if not _whole(size, 0))
-    yield from (f"{name} is {size!r}" for name, size in entry.config.items() if not _fits(name, size))
+    yield from (f"{name} is {size!r}" for config in entry.configs for name, size in config.items() if not _fits(name, size))
 
 
 def _fits(name: str, size: Any) -> bool:

@@ -297,7 +297,7 @@ def test_launches_are_those_of_the_captured_loop(settings: dict, guided: bool) -
     launches: list[str] = []
     products: list[int] = []
 
-    def record(kernel, _, arguments) -> None:
+    def record(kernel, _grid, _config, arguments) -> None:
         launches.append(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
         if launches[-1] == "linear":
             products.append(2 * arguments["rows"] * arguments["N"] * arguments["K"])

@@ -5,9 +5,10 @@ a launch then finds them in the compiler's cache. Those that fail a gate of the 
 wgmma) are struck, and so are those that compute anything but what the default does. The rest are timed in turn with the
 default, as graphs and with cold caches, at batch 32 and at batch 1.
 
-A sample's bits may not depend on its batch, so one configuration serves all batches. What counts is the geometric mean over
-both batches of the time in terms of the default's: a configuration is taken that gains more than 2 % by it, loses more than
-2 % at neither batch, and does so again when it is measured a second time with the default alone.
+A sample's bits may not depend on its batch, so one configuration serves all batches, or two that give the same bits: the
+second is for launches that leave multiprocessors idle with the first. What counts is the geometric mean over both batches of
+the time in terms of the default's: a choice is taken that gains more than 2 % by it, loses more than 2 % at neither batch,
+and does so again when it is measured a second time with the default alone; a second configuration must gain as much again.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from multiprocessing.pool import AsyncResult, Pool
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 from triton import OutOfResources
 
-from fastcfg.kernels._launch import gpu_of, offline, target_of
+from fastcfg.kernels._launch import Grid, gpu_of, multiprocessors, offline, target_of
 from fastcfg.kernels.check import compile_entry
 from fastcfg.kernels.tuned import VARIABLE, Config, Entry, Key, Table, table_for, write_table
 from fastcfg.models.dit import DiTConfig
@@ -52,6 +54,28 @@ class Launch:
     cases: dict[int, Case]
     tiles: list[Config]
     faults: list[AsyncResult[list[str]]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A configuration that computes what it should. bits: equal for those with the same outputs, to the bit, in every case.
+
+    fills: by batch, whether it has a program for each multiprocessor.
+    """
+
+    config: Config
+    bits: int
+    fills: tuple[bool, ...]
+
+
+class Choice(NamedTuple):
+    """Numbers of tiles: which is taken, and which by launches that it does not fill."""
+
+    tile: int
+    few: int
+
+
+DEFAULT = Choice(0, 0)
 
 
 def tune(session: Session) -> None:
@@ -105,9 +129,17 @@ def asked(case: Case, target: str) -> tuple[Key | None, Config]:
     """What a case's launch looks up in a table (None: nothing), and the configuration that it takes without one."""
     keys: list[Key] = []
     configs: list[Config] = []
-    with offline(target, lambda kernel, config, arguments: configs.append(config), keys.append):
+    with offline(target, lambda kernel, grid, config, arguments: configs.append(config), keys.append):
         case.run()
     return (keys[0] if keys else None), {name: int(size) for name, size in configs[-1].items()}
+
+
+def programs(case: Case, target: str, config: Config) -> int:
+    """How many programs the case's launch has with `config`."""
+    grids: list[Grid] = []
+    with offline(target, lambda kernel, grid, config, arguments: grids.append(grid)):
+        case.run(config)
+    return math.prod(grids[-1])
 
 
 def _faults(key: Key, config: Config, target: str, heads: int) -> list[str]:
@@ -121,31 +153,47 @@ def _tune(session: Session, launch: Launch) -> Entry | None:
     times = _times(session, launch, tiles)
     for tile, row in zip(tiles, times, strict=True):
         for (batch, case), own, default in zip(launch.cases.items(), row, times[0], strict=True):
-            unit, shape = f"of the default's time, batch {batch}", f"{case.shape}: {_text(tile)}"
+            unit, shape = f"of the default's time, batch {batch}", f"{case.shape}: {_text(tile.config)}"
             session.report.row(launch.name, own[1] / default[1], unit, shape=shape, dtype=case.out.dtype, times=own)
-    chosen = _chosen(session, times)
-    if chosen:
-        tiles = [tiles[0], tiles[chosen]]
+    choice = _chosen(session, tiles, times)
+    if choice != DEFAULT:
+        tiles = [tiles[0], *(tiles[n] for n in dict.fromkeys(choice))]
         times = _times(session, launch, tiles)
-        if _chosen(session, times):
-            session.report.row(launch.name, f"takes {_text(tiles[1])}", "note", shape=launch.key)
-            return _entry(session, launch, tiles[1], times)
-    session.report.row(launch.name, "keeps its default", "note", shape=launch.key)
-    return None
+        choice = _chosen(session, tiles, times)
+    if choice == DEFAULT:
+        session.report.row(launch.name, "keeps its default", "note", shape=launch.key)
+        return None
+    found = f"takes {_text(tiles[choice.tile].config)}"
+    found += f"; for few rows {_text(tiles[choice.few].config)}" if choice.few != choice.tile else ""
+    session.report.row(launch.name, found, "note", shape=launch.key)
+    return _entry(session, launch, tiles, choice, times)
 
 
-def _sound(session: Session, launch: Launch) -> list[Config]:
+def _sound(session: Session, launch: Launch) -> list[Tile]:
     """The default, and those that compile as they should and compute what it does; a row says why each other is struck."""
     default, *others = launch.tiles  # what the compilers hold against the default is a matter for `kernels check`
-    wanted = [case.outputs(default) for case in launch.cases.values()]
-    sound = [default]
-    for tile, faults in zip(others, launch.faults[1:], strict=True):
-        fault = _verdict(session, faults) or _difference(launch, tile, wanted)
+    seen = [_outputs(launch, default)]  # each outputs that differ in a bit, the default's first
+    sound = [Tile(default, 0, _fills(launch, default))]
+    for config, faults in zip(others, launch.faults[1:], strict=True):
+        fault, outputs = _verdict(session, faults), []
+        if not fault:
+            try:
+                outputs = _outputs(launch, config)
+                fault = _difference(launch, outputs, seen[0])
+            except (OutOfResources, RuntimeError) as error:
+                fault = f"does not run: {(str(error).splitlines() or [''])[0]}"
         if fault:
-            session.report.row(launch.name, fault, "struck", shape=_text(tile))
-        else:
-            sound.append(tile)
+            session.report.row(launch.name, fault, "struck", shape=_text(config))
+            continue
+        bits = next((n for n, known in enumerate(seen) if all(map(torch.equal, outputs, known))), len(seen))
+        seen += [outputs] * (bits == len(seen))
+        sound.append(Tile(config, bits, _fills(launch, config)))
     return sound
+
+
+def _fills(launch: Launch, config: Config) -> tuple[bool, ...]:
+    cases = launch.cases.values()
+    return tuple(programs(case, target_of(case.out), config) >= multiprocessors(case.out) for case in cases)
 
 
 def _verdict(session: Session, faults: AsyncResult[list[str]]) -> str:
@@ -155,48 +203,66 @@ def _verdict(session: Session, faults: AsyncResult[list[str]]) -> str:
         return "not compiled in time"
 
 
-def _difference(launch: Launch, tile: Config, wanted: Sequence[Sequence[Tensor]]) -> str:
-    """How a configuration's outputs differ from those wanted, beyond what the order of a sum and one rounding can do."""
+def _outputs(launch: Launch, config: Config) -> list[Tensor]:
+    """What a configuration makes of all cases."""
+    return [tensor for case in launch.cases.values() for tensor in case.outputs(config)]
+
+
+def _difference(launch: Launch, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
+    """How outputs differ from those wanted, beyond what the order of a sum and one rounding can do."""
     allowed = max(2 * torch.finfo(getattr(torch, launch.key.dtype)).eps, 1e-5)
-    try:
-        for case, of_default in zip(launch.cases.values(), wanted, strict=True):
-            for got, want in zip(case.outputs(tile), of_default, strict=True):
-                off = float((got.double() - want.double()).abs().max() / want.double().abs().max())
-                if not off <= allowed:  # NaN is not
-                    return f"off by {off:.2g} of the largest value on {case.shape}"
-    except (OutOfResources, RuntimeError) as error:
-        return f"does not run: {(str(error).splitlines() or [''])[0]}"
+    for got, want in zip(outputs, wanted, strict=True):
+        off = float((got.double() - want.double()).abs().max() / want.double().abs().max())
+        if not off <= allowed:  # NaN is not
+            return f"off by {off:.2g} of the largest value of {list(want.shape)}"
     return ""
 
 
-def _times(session: Session, launch: Launch, tiles: Sequence[Config]) -> list[tuple[Times, ...]]:
+def _times(session: Session, launch: Launch, tiles: Sequence[Tile]) -> list[tuple[Times, ...]]:
     """For each configuration, its times at the batches."""
     of_batches = []
     for case in launch.cases.values():
-        calls = [captured(partial(case.run, tile), session.device) for tile in tiles]
+        calls = [captured(partial(case.run, tile.config), session.device) for tile in tiles]
         of_batches.append(interleaved(calls, session.device, seconds=0.5, most=100))
     return list(zip(*of_batches, strict=True))
 
 
-def _chosen(session: Session, times: Sequence[Sequence[Times]]) -> int:
+def _chosen(session: Session, tiles: Sequence[Tile], times: Sequence[Sequence[Times]]) -> Choice:
     if session.dry:  # its times mean nothing, and something is to be written
-        return len(times) - 1
-    return fastest([[middle for _, middle, _ in row] for row in times])
+        return Choice(len(tiles) - 1, len(tiles) - 1)
+    return fastest(tiles, [[middle for _, middle, _ in row] for row in times])
 
 
-def fastest(times: Sequence[Sequence[float]]) -> int:
-    """Which configuration to take by its times at the batches; those of the default come first, and 0 is to keep it."""
-    ratios = [[own / default for own, default in zip(row, times[0], strict=True)] for row in times]
-    means = [math.prod(row) ** (1 / len(row)) for row in ratios]
-    gaining = [i for i, row in enumerate(ratios) if means[i] < 1 - GAIN and max(row) <= 1 + GAIN]
-    return min(gaining, key=means.__getitem__, default=0)
+def fastest(tiles: Sequence[Tile], times: Sequence[Sequence[float]]) -> Choice:
+    """What to take by the tiles' times at the batches; those of the default come first, and DEFAULT is to keep it."""
+
+    def ratios(choice: Choice) -> list[float]:
+        """The times of a choice, in terms of the default's."""
+        fills = tiles[choice.tile].fills
+        return [times[choice.tile if fills[n] else choice.few][n] / default for n, default in enumerate(times[0])]
+
+    def mean(choice: Choice) -> float:
+        return math.prod(ratios(choice)) ** (1 / len(times[0]))
+
+    def best(choices: Iterable[Choice], before: Choice) -> Choice:
+        gaining = [one for one in choices if mean(one) < (1 - GAIN) * mean(before) and max(ratios(one)) <= 1 + GAIN]
+        return min(gaining, key=mean, default=before)
+
+    numbers = range(len(tiles))
+    one = best((Choice(n, n) for n in numbers), DEFAULT)
+    return best((Choice(n, few) for n in numbers for few in numbers if tiles[n].bits == tiles[few].bits), one)
 
 
-def _entry(session: Session, launch: Launch, config: Config, times: Sequence[Sequence[Times]]) -> Entry:
-    ms = {f"batch {batch}": [round(row[i][1], 5) for row in times] for i, batch in enumerate(launch.cases)}
+def _entry(session: Session, launch: Launch, tiles: Sequence[Tile], choice: Choice, times: Sequence[Sequence[Times]]) -> Entry:
+    tile, few = tiles[choice.tile], tiles[choice.few]
+    ms = {}
+    for n, batch in enumerate(launch.cases):
+        taken = choice.tile if tile.fills[n] else choice.few
+        ms[f"batch {batch}"] = [round(times[number][n][1], 5) for number in (0, taken)]
     measured = {name: session.report.machine[name] for name in ("driver", "torch", "triton", "commit")}
     measured["date"] = datetime.now(timezone.utc).date().isoformat()
-    return Entry(launch.key.kernel, launch.key.dtype, dict(launch.key.shape), config, ms, measured)
+    second = None if choice.few == choice.tile else few.config
+    return Entry(launch.key.kernel, launch.key.dtype, dict(launch.key.shape), tile.config, second, ms, measured)
 
 
 def _text(config: Config) -> str:

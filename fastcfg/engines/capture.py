@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import Config, offline
+from fastcfg.kernels._launch import Config, Grid, offline
 
 SPAN = 10  # steps in the longer graph: its gap is then shared by ten steps, and capturing it costs ten steps' launches
 
@@ -192,8 +192,8 @@ def lint(loop: Callable[[], object], target: str = "sm_90") -> list[Launch]:
     """
     launches: list[Launch] = []
 
-    def record(kernel: Any, config: Config, arguments: dict[str, Any]) -> None:
-        named = {name: _address(value) for name, value in (arguments | config).items()}
+    def record(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
+        named = {name: _address(value) for name, value in (arguments | config | {"grid": grid}).items()}
         launches.append((kernel.fn.__name__, tuple(sorted(named.items()))))
 
     with offline(target, record), _no_synchronisation(), CaptureLint():

@@ -93,7 +93,7 @@ def test_an_error_in_another_process_is_the_callers():
 def test_every_kernel_has_a_case():
     called = compiling("""
 for case in check.cases():
-    with check.offline("sm_90", lambda kernel, config, arguments: print(kernel.fn.__name__)):
+    with check.offline("sm_90", lambda kernel, grid, config, arguments: print(kernel.fn.__name__)):
         case.call()
 """)
     kernels = "noise adaln linear attention guided_step moments step_boundary patch_embed"

@@ -15,8 +15,8 @@ from test_check import compiling
 
 import fastcfg
 from fastcfg import Error
+from fastcfg.kernels import _launch, tuned
 from fastcfg.kernels import attention as attention_module
-from fastcfg.kernels import tuned
 from fastcfg.kernels._launch import offline
 from fastcfg.kernels.adaln import adaln
 from fastcfg.kernels.attention import attention, attention_ref
@@ -52,11 +52,12 @@ CONFIGS = {
 
 def entry(kernel="linear", dtype="bfloat16", **change):
     ms = {"batch 32": [0.3, 0.2], "batch 1": [0.02, 0.01]}
-    return replace(Entry(kernel, dtype, SHAPES[kernel], CONFIGS[kernel], ms, MEASURED), **change)
+    return replace(Entry(kernel, dtype, SHAPES[kernel], CONFIGS[kernel], None, ms, MEASURED), **change)
 
 
 def table(*entries, gpu="NVIDIA H100 80GB HBM3", target="sm_90"):
-    return Table(gpu, target, entries or tuple(entry(kernel) for kernel in sorted(SHAPES)))
+    few = CONFIGS["adaln"] | {"num_warps": 4}
+    return Table(gpu, target, entries or tuple(entry(k, few=few if k == "adaln" else None) for k in sorted(SHAPES)))
 
 
 def launches(call, lookup=lambda key: None):
@@ -67,7 +68,7 @@ def launches(call, lookup=lambda key: None):
         keys.append(key)
         return lookup(key)
 
-    with offline("sm_90", lambda kernel, config, arguments: configs.append(config), answer):
+    with offline("sm_90", lambda kernel, grid, config, arguments: configs.append(config), answer):
         call()
     return keys, configs
 
@@ -152,6 +153,8 @@ DAMAGED_ENTRY = {
     "no stages": {"config": CONFIGS["linear"] | {"num_stages": 0}},
     "a fraction": {"config": CONFIGS["linear"] | {"BLOCK_N": 64.0}},
     "config of numbers": {"config": 3},
+    "another kernel's config for few rows": {"few": CONFIGS["adaln"]},
+    "a tile of 96 for few rows": {"few": CONFIGS["linear"] | {"BLOCK_M": 96}},
 }
 
 
@@ -212,6 +215,17 @@ def test_the_table_that_the_variable_names_is_used_and_its_result_right(tmp_path
     assert torch.allclose(got, default, atol=1e-6)
 
 
+@pytest.mark.parametrize("processors", [6, 7])
+def test_launches_too_small_to_fill_the_gpu_take_the_second_configuration(processors, tmp_path, monkeypatch, launched):
+    few = CONFIGS["attention"] | {"BLOCK_M": 16}
+    write_table(tmp_path / "table.json", table(replace(small_attention(), few=few), gpu="interpreter"))
+    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "table.json"))
+    monkeypatch.setattr(_launch, "multiprocessors", lambda tensor: processors)
+    for rows in (2, 3, 4):
+        attention(randn(rows, 16, 96), 2)
+    assert launched == [few, few if processors == 7 else small_attention().config, small_attention().config]
+
+
 def test_a_whole_loop_with_tuned_tiles(tmp_path, monkeypatch):
     """Every entry that the engine asks for, with other tiles than the defaults: the same samples, alone or among others.
 
@@ -225,7 +239,7 @@ def test_a_whole_loop_with_tuned_tiles(tmp_path, monkeypatch):
 
     keys = set()
     with monkeypatch.context() as listening:
-        listening.setattr(tuned, "configurations", lambda gpu: types.SimpleNamespace(get=keys.add))
+        listening.setattr(tuned, "entries_for", lambda gpu: types.SimpleNamespace(get=keys.add))
         default = sample(2)
     assert {key.kernel for key in keys} == {"linear", "attention", "adaln", "step_boundary"}
     entries = [entry(key.kernel, key.dtype, shape=dict(key.shape)) for key in keys]
@@ -239,7 +253,7 @@ def test_a_whole_loop_with_tuned_tiles(tmp_path, monkeypatch):
 
 def test_a_shipped_table_is_used_by_its_gpus_name_and_the_variable_goes_before_it(tmp_path, monkeypatch, launched):
     monkeypatch.setattr(tuned, "TABLES", tmp_path)
-    tuned._configurations.cache_clear()
+    tuned._entries_for.cache_clear()
     qkv = randn(2, 16, 48)
     write_table(tmp_path / "interpreter.json", table(small_attention(), gpu="interpreter"))
     attention(qkv, 1)
@@ -249,7 +263,7 @@ def test_a_shipped_table_is_used_by_its_gpus_name_and_the_variable_goes_before_i
     monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "own" / "any name.json"))
     attention(qkv, 1)
     assert [config["num_stages"] for config in launched] == [1, 4]
-    tuned._configurations.cache_clear()
+    tuned._entries_for.cache_clear()
 
 
 def test_a_shipped_table_under_another_name_is_an_error(tmp_path, monkeypatch):
@@ -262,16 +276,15 @@ def test_a_shipped_table_under_another_name_is_an_error(tmp_path, monkeypatch):
 
 
 def test_the_check_compiles_the_shipped_tables():
-    """A good entry, one that spills, and one for a shape that no launch has; and only for the table's own target."""
+    """An entry whose second configuration spills, and two for shapes that no launch has; only for the table's own target."""
     (headless, own, spilled, odd), elsewhere = shipped_rows("""
 good = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "DESCRIPTORS": 1, "num_warps": 4, "num_stages": 3}
 bad = good | {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 32}
-entries = [Entry("linear", "bfloat16", {"N": 1152, "K": K, "gelu": 0, "gate_tokens": 256}, config, {}, {})
-           for K, config in ((1152, good), (4608, bad))]
+entries = [Entry("linear", "bfloat16", {"N": 1152, "K": 1152, "gelu": 0, "gate_tokens": 256}, good, bad, {}, {})]
 entries.append(Entry("step_boundary", "bfloat16", {"columns": 24, "D": 64, "learned": 0},
-                     {"TOKENS": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}, {}, {}))
+                     {"TOKENS": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}, None, {}, {}))
 entries.append(Entry("attention", "bfloat16", {"tokens": 256, "head_dim": 70},
-                     {"BLOCK_M": 64, "BLOCK_N": 64, "DESCRIPTORS": 1, "num_warps": 4, "num_stages": 2}, {}, {}))
+                     {"BLOCK_M": 64, "BLOCK_N": 64, "DESCRIPTORS": 1, "num_warps": 4, "num_stages": 2}, None, {}, {}))
 """)
     assert own.endswith("ok")
     assert "wgmma+TMA" in own
@@ -333,7 +346,7 @@ for case in cases(DiTConfig(depth=1, hidden_size=384, num_heads=6), 2, torch.bfl
     key, config = tune.asked(case, "sm_90")
     if key is not None:
         launched, hashes = [], []
-        with offline("sm_90", lambda kernel, config, arguments: launched.append((kernel, config, arguments))):
+        with offline("sm_90", lambda kernel, grid, config, arguments: launched.append((kernel, config, arguments))):
             case.run()
         for kernel, tiles, arguments in launched:
             try:
@@ -345,6 +358,10 @@ for case in cases(DiTConfig(depth=1, hidden_size=384, num_heads=6), 2, torch.bfl
 """)
     assert [line.split()[0] for line in lines] == ["adaln", *["linear"] * 4, "attention", "guided_step", "step_boundary"]
     assert all(line.endswith("True") for line in lines)
+
+
+def tile(bits=0, fills=(True, True)):
+    return tune.Tile({}, bits, fills)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +377,27 @@ for case in cases(DiTConfig(depth=1, hidden_size=384, num_heads=6), 2, torch.bfl
     ],
 )
 def test_the_choice_weighs_both_batches(times, chosen):
-    assert tune.fastest(times) == chosen
+    assert tune.fastest([tile(bits=n) for n in range(len(times))], times) == (chosen, chosen)
+    assert tune.fastest([tile()] * len(times), times) == (chosen, chosen)
+
+
+WIDE = (True, False)  # fills the GPU at batch 32 alone
+
+
+@pytest.mark.parametrize(
+    ("times", "tiles", "chosen"),
+    [
+        ([[1.0, 1.0], [1.5, 0.5]], [tile(fills=WIDE), tile()], (0, 1)),
+        ([[1.0, 1.0], [1.5, 0.5]], [tile(fills=WIDE), tile(bits=1)], (0, 0)),  # other bits
+        ([[1.0, 1.0], [1.5, 0.5]], [tile(), tile()], (0, 0)),  # the default fills the GPU at batch 1, too
+        ([[1.0, 1.0], [0.8, 1.2], [1.5, 0.5]], [*[tile(fills=WIDE)] * 2, tile()], (1, 2)),
+        ([[1.0, 1.0], [0.8, 1.2], [1.5, 0.5]], [tile(fills=WIDE), tile(1, WIDE), tile()], (0, 2)),
+        ([[1.0, 1.0], [0.8, 0.8], [1.5, 0.79]], [*[tile(fills=WIDE)] * 2, tile()], (1, 1)),  # under 2 % for a second
+        ([[1.0, 1.0], [0.8, 0.8], [0.9, 0.6]], [*[tile(fills=WIDE)] * 2, tile()], (1, 2)),
+    ],
+)
+def test_a_second_configuration_has_the_same_bits_and_pays_by_itself(times, tiles, chosen):
+    assert tune.fastest(tiles, times) == chosen
 
 
 def test_all_candidates_are_launchable_and_compute_what_the_default_does():
@@ -373,10 +410,10 @@ def test_all_candidates_are_launchable_and_compute_what_the_default_does():
         tuned_kernels.add(key.kernel)
         tiles = tune.candidates(key, default, "sm_90")
         launch = tune.Launch(case.name, key, {1: case}, [default, *tiles], [])
-        wanted = [case.outputs(default)]
-        assert [tune._difference(launch, tile, wanted) for tile in tiles[-1:]] == [""]
-        wanted[0][-1] *= 1.1
-        assert tune._difference(launch, tiles[-1], wanted).startswith("off by 0.09")
+        wanted, got = tune._outputs(launch, default), tune._outputs(launch, tiles[-1])
+        assert tune._difference(launch, got, wanted) == ""
+        wanted[-1] *= 1.1
+        assert tune._difference(launch, got, wanted).startswith("off by 0.09")
     assert tuned_kernels == set(tuned.FIELDS)
 
 
@@ -411,6 +448,8 @@ def test_what_is_struck_is_told_and_the_default_stays():
     right = case.kernel
 
     def kernel(config, **arguments):
+        if config["TOKENS"] == 32:
+            return right(**arguments, config=config).mul_(1.001)
         if config["TOKENS"] == 1:
             return arguments["out"]  # as it was: not written
         if config["TOKENS"] == 2:
@@ -418,17 +457,37 @@ def test_what_is_struck_is_told_and_the_default_stays():
         return right(**arguments, config=config)
 
     case.kernel = kernel
-    tiles = [default | {"TOKENS": tokens} for tokens in (8, 1, 2, 4, 16, 32)]
-    faults = [["spills"], [], [], [], ["spills 8 bytes", "no wgmma"], multiprocessing.TimeoutError()]
+    tiles = [default | {"TOKENS": tokens} for tokens in (8, 1, 2, 4, 16, 64, 32)]
+    faults = [["spills"], [], [], [], ["spills 8 bytes", "no wgmma"], multiprocessing.TimeoutError(), []]
     launch = tune.Launch("adaln", key, {1: case}, tiles, [Verdict(fault) for fault in faults])
     session = Listening()
-    assert [tile["TOKENS"] for tile in tune._sound(session, launch)] == [8, 4]
+    found = tune._sound(session, launch)
+    assert [(tile.config["TOKENS"], tile.bits) for tile in found] == [(8, 0), (4, 0), (32, 1)]
     assert [row[:3] for row in session.rows] == [
-        ("adaln", f"off by nan of the largest value on {case.shape}", "struck"),
+        ("adaln", f"off by nan of the largest value of {case.shape}", "struck"),
         ("adaln", "does not run: too much of something", "struck"),
         ("adaln", "spills 8 bytes; no wgmma", "struck"),
         ("adaln", "not compiled in time", "struck"),
     ]
+
+
+def test_an_entry_says_what_each_batch_takes(monkeypatch):
+    (case, *_), default, few = cases(DiTConfig(**TINY), 1, torch.float16, torch.device("cpu")), {"TOKENS": 8}, {"TOKENS": 2}
+    launch = tune.Launch("adaln", entry("adaln").key, {32: case, 1: case}, [], [])
+    milliseconds = {8: (1.0, 1.0), 4: (0.9, 1.0), 2: (3.0, 0.25)}
+    tiles = [tune.Tile(default, 0, WIDE), tune.Tile({"TOKENS": 4}, 0, WIDE), tune.Tile(few, 0, (True, True))]
+    monkeypatch.setattr(tune, "_sound", lambda *_: tiles)
+    monkeypatch.setattr(
+        tune,
+        "_times",
+        lambda _session, _launch, tiles: [[(0, ms, 9) for ms in milliseconds[t.config["TOKENS"]]] for t in tiles],
+    )
+    session = Listening()
+    session.report.machine = MEASURED
+    found = tune._tune(session, launch)
+    assert (found.key, found.config, found.few) == (launch.key, {"TOKENS": 4}, few)
+    assert found.ms == {"batch 32": [1.0, 0.9], "batch 1": [1.0, 0.25]}
+    assert session.rows[-1] == ("adaln", "takes TOKENS=4; for few rows TOKENS=2", "note")
 
 
 def test_a_pass_that_runs_out_of_time_keeps_what_is_known(tmp_path, monkeypatch):
