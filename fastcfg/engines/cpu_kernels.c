@@ -40,28 +40,33 @@ INLINE ints modulate(const void *x, long at, const float *shift, const float *sc
     return most;
 }
 
-/* adaLN: out = (x - mean) / sqrt(var + eps) (1 + scale) + shift.  x [sources, T, D], out [R, T, D] of one kind. */
-INLINE void adaln(const void *x, const float *table, const int32_t *index, void *out, long R, long sources, long T, long D,
-                  long width, long shift_column, long scale_column, float eps, int kind) {
-    for (long r = 0; r < R; r++) {
-        const float *line = table + index[r] * width, *shift = line + shift_column, *scale = line + scale_column;
-        for (long t = 0; t < T; t += TOGETHER) {
-            long at = (r % sources * T + t) * D, to = (r * T + t) * D, some = T - t < TOGETHER ? T - t : TOGETHER;
-            float mean[TOGETHER], factor[TOGETHER];
-            for (long i = 0; i < some; i++) mean[i] = mean_of(x, at + i * D, D, kind);
-            for (long i = 0; i < some; i++) factor[i] = factor_of(x, at + i * D, D, mean[i], eps, kind);
-            for (long i = 0; i < some; i++)
-                modulate(x, at + i * D, shift, scale, out, to + i * D, D, mean[i], factor[i], kind, kind);
-        }
+/* adaLN: out = (x - mean) / sqrt(var + eps) (1 + scale) + shift, of n tokens from m on, n <= TOGETHER. x [sources, T, D], out
+   [R, T, D]; most: of each token's result, as modulate returns it. */
+INLINE void adaln(const void *x, const float *table, const int32_t *index, void *out, ints *most, long m, long n, long sources,
+                  long T, long D, long width, long shift_column, long scale_column, float eps, int kind, int to_kind) {
+    long at[TOGETHER];
+    float mean[TOGETHER], factor[TOGETHER];
+    for (long i = 0; i < n; i++) {
+        at[i] = ((m + i) / T % sources * T + (m + i) % T) * D;
+        mean[i] = mean_of(x, at[i], D, kind);
+    }
+    for (long i = 0; i < n; i++) factor[i] = factor_of(x, at[i], D, mean[i], eps, kind);
+    for (long i = 0; i < n; i++) {
+        const float *line = table + index[(m + i) / T] * width;
+        most[i] = modulate(x, at[i], line + shift_column, line + scale_column, out, (m + i) * D, D, mean[i], factor[i], kind, to_kind);
     }
 }
 
 void fastcfg_adaln(const void *x, const float *table, const int32_t *index, void *out, long R, long sources, long T, long D,
                    long width, long shift_column, long scale_column, float eps, int kind) {
-    if (kind == BFLOAT16)
-        adaln(x, table, index, out, R, sources, T, D, width, shift_column, scale_column, eps, BFLOAT16);
-    else
-        adaln(x, table, index, out, R, sources, T, D, width, shift_column, scale_column, eps, 0);
+    ints unused[TOGETHER];
+    for (long m = 0, n; m < R * T; m += n) {
+        n = R * T - m < TOGETHER ? R * T - m : TOGETHER;
+        if (kind == BFLOAT16)
+            adaln(x, table, index, out, unused, m, n, sources, T, D, width, shift_column, scale_column, eps, BFLOAT16, BFLOAT16);
+        else
+            adaln(x, table, index, out, unused, m, n, sources, T, D, width, shift_column, scale_column, eps, FLOAT32, FLOAT32);
+    }
 }
 
 /* out = residual + gate y.  y, out [R, T, D], which may be one array, and residual [sources, T, D], of one kind. */

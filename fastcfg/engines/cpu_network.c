@@ -247,28 +247,19 @@ static void meet(Team *team, long members) {
     for (long spins = 0; atomic_load(&team->turns) == turn; spins++) spin(spins);
 }
 
-/* adaLN of x [sources, T, D], as fastcfg_adaln, for a layer to read. */
+/* adaLN of x [sources, T, D] for a layer to read: of the table, the two columns from `column` on. */
 INLINE void condition(const Job *job, const float *x, long sources, long column, float eps, const Layer *layer,
                       const Tokens *out, Range some) {
     int to = layer->kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
-    long T = job->net->T, D = job->net->D;
-    for (long m = some.begin; m < some.end; m += TOGETHER) {
-        long n = some.end - m < TOGETHER ? some.end - m : TOGETHER, at[TOGETHER];
-        float mean[TOGETHER], factor[TOGETHER];
+    long T = job->net->T, D = job->net->D, width = job->net->width;
+    for (long m = some.begin, n; m < some.end; m += n) {
+        n = some.end - m < TOGETHER ? some.end - m : TOGETHER;
         ints most[TOGETHER];
-        for (long i = 0; i < n; i++) {
-            at[i] = ((m + i) / T % sources * T + (m + i) % T) * D;
-            mean[i] = mean_of(x, at[i], D, 0);
-        }
-        for (long i = 0; i < n; i++) factor[i] = factor_of(x, at[i], D, mean[i], eps, 0);
-        for (long i = 0; i < n; i++) {
-            const float *shift = job->table + job->index[(m + i) / T] * job->net->width + column;
-            most[i] = modulate(x, at[i], shift, shift + D, out->values, (m + i) * D, D, mean[i], factor[i], FLOAT32, to);
-        }
-        for (long i = 0; i < n && layer->kind == INT8; i++) {
-            float s = largest_magnitude(most[i]);
-            out->scale[m + i] = s / 127;
-            quantise_token(out->values, (m + i) * D, s, out->whole + (m + i) * fours(D), D, 0);
+        adaln(x, job->table, job->index, out->values, most, m, n, sources, T, D, width, column, column + D, eps, FLOAT32, to);
+        for (long i = m; i < m + n && layer->kind == INT8; i++) {
+            float s = largest_magnitude(most[i - m]);
+            out->scale[i] = s / 127;
+            quantise_token(out->values, i * D, s, out->whole + i * fours(D), D, FLOAT32);
         }
     }
 }
