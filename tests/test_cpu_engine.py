@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import multiprocessing
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -316,6 +317,18 @@ def test_a_model_of_inference_mode_is_sampled() -> None:
     assert torch.equal(sampler(model)([1], scale=2.0), sampler(random_model())([1], scale=2.0))
 
 
+@contextmanager
+def interrupt_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C: a signal to this thread, which wakes it where it waits."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which test runners may have switched off
+    threading.Timer(seconds, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_interrupted_map_leaves_no_work_behind() -> None:
     workers, begun = Workers(2), []
 
@@ -323,17 +336,50 @@ def test_an_interrupted_map_leaves_no_work_behind() -> None:
         begun.append(k)
         time.sleep(0.2)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which test runners may have switched off
     with one_thread():
-        threading.Timer(0.1, _thread.interrupt_main).start()
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                workers.map(work, range(40))
-        finally:
-            signal.signal(signal.SIGINT, before)
+        with interrupt_after(0.1):
+            workers.map(work, range(40))
         assert len(begun) <= 4
         assert workers._busy == 0
         assert workers.map(lambda k: k + 1, range(3)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_while_a_thread_starts_leaves_the_engine_whole(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That thread has the task already, though `submit` never returned; helpers must not become more than memory is for."""
+    made, want = sampler(model_of("many tokens"), 2, steps=10), sampler(model_of("many tokens"), 1, steps=10)([1], scale=3.0)
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made([1], scale=3.0)
+    assert made.engine._workers._busy == 0
+    assert all(torch.equal(made([1], scale=3.0), want) for _ in range(20))
+    for thread in started[:at]:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["one call", "operation by operation"])
+def test_an_interrupt_ends_a_call_with_the_step_it_falls_into(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(cpu, "in_one_call", lambda dtype: False)
+    short, long = (sampler(model_of("many tokens"), 1, batch=1, steps=steps) for steps in (100, 1000))
+    want = short([1], scale=3.0)
+    begin = time.perf_counter()
+    short([1], scale=3.0)
+    tenth = time.perf_counter() - begin
+    begin = time.perf_counter()
+    with interrupt_after(tenth / 2):
+        long([1], scale=3.0)
+    assert time.perf_counter() - begin < 5 * tenth
+    assert torch.equal(short([1], scale=3.0), want)
 
 
 def test_work_without_torch_leaves_its_number_of_threads_alone() -> None:

@@ -123,6 +123,7 @@ class CpuEngine:
 
     def _denoise(self, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
         """Both halves of a piece; the null half by an idle worker, if there is one."""
+        self._workers.check()
         B = len(tokens)
         null = self._workers.offer(lambda: self._rows(tokens, table, index[B:])) if len(index) > B else None
         if null is None:

@@ -69,7 +69,7 @@ class _Job(ctypes.Structure):
 class _Loop(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("net", "table", "scale", "noise", "coef", "lines", "guided", "x", "history")),
-        *((name, ctypes.c_void_p) for name in ("tokens", "out", "memory", "index")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "out", "memory", "index", "stopped")),
         *((name, ctypes.c_long) for name in ("B", "first", "last", "start", "channels", "clip", "threads")),
     ]
 
@@ -124,6 +124,7 @@ class NativeDiT(FusedDiT):
         if team is None:
             self._library.fastcfg_denoise(ctypes.byref(job), None, 0)
         else:
+            team.workers.check()
             self._library.fastcfg_denoise(ctypes.byref(job), team.place, team.gather(R * self.config.tokens))
         return out
 
@@ -154,7 +155,11 @@ class NativeDiT(FusedDiT):
         team, threads = self._led()
         loop, tensors = self._loop(piece, request, window, table, threads)
         rows = len(tensors["index"])
+        if team is not None:
+            loop.stopped = ctypes.addressof(team.workers.stopped)
         while window:
+            if team is not None:
+                team.workers.check()
             expected = 0 if team is None else team.gather(rows * self.config.tokens)
             # Whoever is done with its own work can help from the next step on
             wait_for_help = team is not None and not team.full(rows * self.config.tokens)
@@ -293,7 +298,7 @@ class _Team:
     """A team of the library, and how its leader gets helpers."""
 
     def __init__(self, library: Any, workers: Workers):
-        self._library, self._workers = library, workers
+        self._library, self.workers = library, workers
         self.size = workers.count
         self._memory = ctypes.create_string_buffer(library.fastcfg_team_size())
         self.place = ctypes.addressof(self._memory)
@@ -302,12 +307,12 @@ class _Team:
 
     def gather(self, tokens: int) -> int:
         """How many helpers there will be, more than before where workers have nothing to do and there is enough for each."""
-        while self._asked < tokens // TOKENS_EACH - 1 and self._workers.offer(self._help, in_torch=False) is not None:
+        while not self.full(tokens) and self.workers.offer(self._help, in_torch=False) is not None:
             self._asked += 1
         return self._asked
 
     def full(self, tokens: int) -> bool:
-        """Whether there is no one else to ask."""
+        """Whether there is no one else to ask: scratch memory is for `size` threads."""
         return self._asked >= min(tokens // TOKENS_EACH, self.size) - 1
 
     def _help(self) -> None:

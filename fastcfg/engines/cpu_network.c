@@ -423,7 +423,7 @@ void fastcfg_embed(const Network *net, const double *x, float *tokens, long B) {
 /* Steps first .. last of a plan for B samples, in place in x, as fastcfg_guided_step does them. guided: for each step of the plan,
    whether it has a null half; lines [B or 2B]: where in the table those of row r begin, whose first is for step `start`; noise:
    from step `first` on, or none; channels: that are guided; tokens [B, T, D], out [2B, outputs, side p, side p], index [2B]:
-   scratch memory, as in Job. */
+   scratch memory, as in Job; stopped: if there is one, no step begins once it is set. */
 typedef struct {
     const Network *net;
     const float *table, *scale, *noise;
@@ -433,13 +433,14 @@ typedef struct {
     double *x, *history;
     float *tokens, *out, *memory;
     int32_t *index;
+    const int *stopped;
     long B, first, last, start, channels, clip, threads;
 } Loop;
 
 void fastcfg_loop(const Loop *loop, Team *team, long expected) {
     const Network *net = loop->net;
     long B = loop->B, C = net->C, S = net->T * net->p * net->p;
-    for (long i = loop->first; i < loop->last; i++) {
+    for (long i = loop->first; i < loop->last && !(loop->stopped && __atomic_load_n(loop->stopped, __ATOMIC_RELAXED)); i++) {
         long halves = loop->guided[i] ? 2 : 1;
         for (long r = 0; r < halves * B; r++) loop->index[r] = loop->lines[r] + (int32_t)(i - loop->start);
         fastcfg_embed(net, loop->x, loop->tokens, B);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import weakref
@@ -32,6 +33,10 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+class StoppedError(Exception):
+    """Ends a task whose result nobody waits for any more."""
+
+
 class Workers:
     """`count` threads in which torch operations run on one thread each, like their caller's, and record no gradients.
 
@@ -48,28 +53,32 @@ class Workers:
         self._lock = threading.Lock()
         self._busy = 0  # tasks given and not yet done
         self._pool: ThreadPoolExecutor | None = None
+        self.stopped = ctypes.c_int(False)  # whether a `map` was interrupted and waits for its tasks; C may read it, too
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """function of each item, in order; raises what the first of them raised, once all are done.
 
-        Interrupted, it leaves no work behind: what has begun is waited for, and nothing else begins.
+        Interrupted, it leaves no work behind: what has begun is waited for, which may ask `check` now and then whether to go
+        on, and nothing else begins.
         """
-        given = list(items)
+        given: list[tuple[Future[Result], Callable[[], Result]]] = [(Future(), partial(function, item)) for item in items]
+        futures = [future for future, _ in given]
         with self._lock:
             self._busy += len(given)
-        futures: list[Future[Result]] = []
         try:
-            for item in given:
-                futures.append(self._submit(partial(function, item)))
+            for future, work in given:
+                self._submit(future, work)
             for future in futures:
                 future.exception()
         except BaseException:
-            never = len(given) - len(futures) + sum(future.cancel() for future in futures)
-            with self._lock:
-                self._busy -= never
-            wait(futures)
+            self._end(futures)
             raise
         return [future.result() for future in futures]
+
+    def check(self) -> None:
+        """Raises StoppedError in a task of a `map` that was interrupted."""
+        if self.stopped.value:
+            raise StoppedError
 
     def offer(self, function: Callable[[], Result], in_torch: bool = True) -> Future[Result] | None:
         """Gives work from within a task, if a worker has none; None otherwise. in_torch: whether it calls torch."""
@@ -77,22 +86,47 @@ class Workers:
             if self._busy >= self.count:
                 return None
             self._busy += 1
-        return self._submit(function, in_torch)
+        future: Future[Result] = Future()
+        self._submit(future, function, in_torch)
+        return future
 
-    def _submit(self, function: Callable[[], Result], in_torch: bool = True) -> Future[Result]:
-        def task() -> Result:
+    def _end(self, futures: list[Future[Result]]) -> None:
+        """Returns once no task of an interrupted `map` is under way."""
+        self.stopped.value = True
+        try:
+            # Interrupted in the pool's `submit`, a task may be under way, in a thread that the pool does not know of
+            begun = [future for future in futures if not future.cancel()]
+            with self._lock:
+                self._busy -= len(futures) - len(begun)
+            wait(begun)
+            if self._pool is not None:
+                self._pool.shutdown(wait=False)
+                self._pool = None
+        finally:
+            self.stopped.value = False
+
+    def _submit(self, future: Future[Result], function: Callable[[], Result], in_torch: bool = True) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.count, "fastcfg-cpu")
+        self._pool.submit(self._carry_out, future, function, in_torch)
+
+    def _carry_out(self, future: Future[Result], function: Callable[[], Result], in_torch: bool) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
             try:
                 if in_torch:  # work that does not end with its turn must not set it: the number is also that of threads to come
                     torch.set_num_threads(1)
                 with torch.inference_mode():
-                    return function()
+                    result = function()
             finally:
                 with self._lock:
                     self._busy -= 1
-
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.count, "fastcfg-cpu")
-        return self._pool.submit(task)
+        except BaseException as error:
+            future.set_exception(error)
+            del future  # which the error's traceback would hold, and with it the error
+        else:
+            future.set_result(result)
 
 
 def _after_fork() -> None:
