@@ -238,7 +238,7 @@ def test_helpers_come_late_or_not_at_all() -> None:
         def check(self) -> None:
             """Nobody interrupts."""
 
-        def offer(self, function: object, in_torch: bool) -> Future[None]:
+        def offer(self, function: object) -> Future[None]:
             started.append(threading.Thread(target=function))  # type: ignore[arg-type]
             return Future()
 

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_null_rows_are_computed_inside_the_interval_only(monkeypatch: pytest.Mon
     made([0, 1, 2], scale=2.0)
     inside = int(made.plan.guided.sum())
     assert 0 < inside < 6
-    assert sum(denoised) == 4 * (2 * inside + (6 - inside))  # three rows and one of padding
+    assert sum(denoised) == 3 * (2 * inside + (6 - inside))
 
 
 @pytest.mark.skipif(not in_one_call(torch.float32), reason="no compiled network here")
@@ -382,18 +383,30 @@ def test_an_interrupt_ends_a_call_with_the_step_it_falls_into(native: bool, monk
     assert torch.equal(short([1], scale=3.0), want)
 
 
-def test_work_without_torch_leaves_its_number_of_threads_alone() -> None:
-    workers, threads = Workers(2), torch.get_num_threads()
+def numbers_of_threads() -> tuple[int, int]:
+    """Torch's number of threads: this thread's, and what a new one begins with."""
+    with ThreadPoolExecutor(1) as another:
+        return torch.get_num_threads(), another.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_threads_that_begin_during_a_call_have_all_of_torchs_threads(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, seen, forward = torch.get_num_threads(), [], torch.nn.functional.silu
+    made = Sampler(model_of("no variance").module, steps=2, batch=1, engine=engine, dtype="fp32")
+    if engine == "cpu":
+        made.engine = CpuEngine(made.model, made.plan, made.engine.device, torch.float32, 2)
+
+    def silu(x: Tensor) -> Tensor:
+        seen.append(numbers_of_threads())
+        return forward(x)
+
     torch.set_num_threads(3)
     try:
-        late = workers.offer(lambda: None, in_torch=False)
-        assert late is not None
-        late.result(20)
-        seen: list[int] = []
-        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert seen == [3]
+        monkeypatch.setattr(torch.nn.functional, "silu", silu)
+        for _ in range(2):
+            made([1], scale=2.0)
+            assert numbers_of_threads() == (3, 3)
+        assert set(seen) == {(1, 3)}
     finally:
         torch.set_num_threads(threads)
 
@@ -418,8 +431,8 @@ def test_a_result_is_the_callers() -> None:
 
 
 def test_a_run_leaves_the_callers_settings_alone() -> None:
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    made = sampler(model_of("head 64"), 3)
+    model, threads, state = model_of("head 64"), torch.get_num_threads(), torch.get_rng_state()
+    made = sampler(model, 3)
     with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
         inside = made([0, 1], scale=2.0)
         assert torch.is_grad_enabled()

@@ -307,7 +307,7 @@ class _Team:
 
     def gather(self, tokens: int) -> int:
         """How many helpers there will be, more than before where workers have nothing to do and there is enough for each."""
-        while not self.full(tokens) and self.workers.offer(self._help, in_torch=False) is not None:
+        while not self.full(tokens) and self.workers.offer(self._help) is not None:
             self._asked += 1
         return self._asked
 

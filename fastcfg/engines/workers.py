@@ -17,7 +17,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_TURN = threading.RLock()  # a turn has all cores, and torch's number of threads is the process's
+_TURN = threading.RLock()  # a turn has all cores
 _EVERY: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
@@ -26,11 +26,26 @@ def one_thread() -> Iterator[None]:
     """Torch operations on one thread each, and no other engine's beside them; the number of threads is put back after."""
     with _TURN:
         threads = torch.get_num_threads()
+        if threads == 1:
+            yield
+            return
         torch.set_num_threads(1)
         try:
+            _name(threads)
             yield
         finally:
             torch.set_num_threads(threads)
+
+
+def _name(threads: int) -> None:
+    """Makes `threads` the number that new threads begin with, as setting one's own does on the way: the caller keeps its own.
+
+    Otherwise a thread that the process starts meanwhile, for another request, would be at 1 for good.
+    """
+    _NAMER.submit(torch.set_num_threads, threads).result()
+
+
+_NAMER = ThreadPoolExecutor(1, "fastcfg-threads")
 
 
 class StoppedError(Exception):
@@ -40,7 +55,7 @@ class StoppedError(Exception):
 class Workers:
     """`count` threads in which torch operations run on one thread each, like their caller's, and record no gradients.
 
-    Work is given within `one_thread`. Threads start when they are first needed, and again in a forked process.
+    Work is given within `one_thread`. Threads start at the first `map`, and again in a forked process.
     """
 
     def __init__(self, count: int):
@@ -66,8 +81,10 @@ class Workers:
         with self._lock:
             self._busy += len(given)
         try:
+            if self._pool is None:
+                self._pool = self._started()
             for future, work in given:
-                self._submit(future, work)
+                self._pool.submit(self._carry_out, future, work)
             for future in futures:
                 future.exception()
         except BaseException:
@@ -80,15 +97,37 @@ class Workers:
         if self.stopped.value:
             raise StoppedError
 
-    def offer(self, function: Callable[[], Result], in_torch: bool = True) -> Future[Result] | None:
-        """Gives work from within a task, if a worker has none; None otherwise. in_torch: whether it calls torch."""
+    def offer(self, function: Callable[[], Result]) -> Future[Result] | None:
+        """Gives work from within a task, if a worker has none; None otherwise."""
+        assert self._pool is not None
         with self._lock:
             if self._busy >= self.count:
                 return None
             self._busy += 1
         future: Future[Result] = Future()
-        self._submit(future, function, in_torch)
+        self._pool.submit(self._carry_out, future, function)
         return future
+
+    def _started(self) -> ThreadPoolExecutor:
+        """All threads, each at one thread of torch's for good."""
+        pool, ready = ThreadPoolExecutor(self.count, "fastcfg-cpu"), threading.Barrier(self.count + 1)
+        threads: list[int] = []
+
+        def begin() -> None:
+            threads.append(torch.get_num_threads())  # what it began with: asked first, or torch would put it back later
+            torch.set_num_threads(1)
+            ready.wait()
+
+        try:
+            for _ in range(self.count):
+                pool.submit(begin)
+            ready.wait()
+            _name(threads[0])
+        except BaseException:
+            ready.abort()
+            pool.shutdown(wait=False)
+            raise
+        return pool
 
     def _end(self, futures: list[Future[Result]]) -> None:
         """Returns once no task of an interrupted `map` is under way."""
@@ -105,18 +144,11 @@ class Workers:
         finally:
             self.stopped.value = False
 
-    def _submit(self, future: Future[Result], function: Callable[[], Result], in_torch: bool = True) -> None:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.count, "fastcfg-cpu")
-        self._pool.submit(self._carry_out, future, function, in_torch)
-
-    def _carry_out(self, future: Future[Result], function: Callable[[], Result], in_torch: bool) -> None:
+    def _carry_out(self, future: Future[Result], function: Callable[[], Result]) -> None:
         if not future.set_running_or_notify_cancel():
             return
         try:
             try:
-                if in_torch:  # work that does not end with its turn must not set it: the number is also that of threads to come
-                    torch.set_num_threads(1)
                 with torch.inference_mode():
                     result = function()
             finally:
@@ -131,8 +163,8 @@ class Workers:
 
 def _after_fork() -> None:
     """A forked process has one thread, and locks as they were: held for ever, if another thread held them."""
-    global _TURN
-    _TURN = threading.RLock()
+    global _TURN, _NAMER
+    _TURN, _NAMER = threading.RLock(), ThreadPoolExecutor(1, "fastcfg-threads")
     for workers in _EVERY:
         workers.restart()
 
