@@ -123,7 +123,8 @@ class Sampler:
         index i), or B numbers, each used with index 0; `indices` [B] says other indices.
         x_T [B, C, H, W], noise [steps, B, C, H, W] (executed order): given noise in place of drawn.
         on_batch(n) is called after each batch with the number of samples it finished.
-        Any number of rows: they are split and padded to `batch`, which changes no bit of a sample.
+        Any number of rows: they go in batches of `batch`, which changes no bit of a sample. The reference and cuda engines fill
+        the last one up, at the cost of a whole one; on a CPU the others do not.
         """
         y = self._labels(labels)
         rows, steps = y.shape[0], self.plan.steps
@@ -141,8 +142,8 @@ class Sampler:
         pattern = guided if weight is None else np.concatenate([guided, weight != 0])
         call = Request(conditions, torch.from_numpy(scales), guided[:, 0], seed, index, x_T, noise)
         result: Tensor | None = None
-        for part, count in _batches(pattern, self.batch):
-            whole = count == rows == self.batch
+        for part, count in _batches(pattern, self.batch, fill=self.engine.whole_batches):
+            whole = count == rows and isinstance(part, slice)
             request = call if whole else call.rows(part, guided[:, part][:, 0])
             if weight is not None:
                 request = replace(request, classifier=self._term(y[part], weight[:, part]))
@@ -299,15 +300,18 @@ def _scale_of(scale: Any, w: Any) -> Any:
     return 1.0 if scale is None else scale
 
 
-def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Rows, int]]:
-    """Splits rows into batches that are guided in the same steps: (`batch` row numbers, how many of them count).
+def _batches(guided: NDArray[np.bool_], batch: int, fill: bool) -> Iterator[tuple[Rows, int]]:
+    """Splits rows into batches that are guided in the same steps: (up to `batch` row numbers, how many of them count).
 
     guided: [steps, rows], or [2 steps, rows] with a classifier's steps after the others. A row then never pays for a
-    neighbour's null forward or gradient, nor does its arithmetic depend on it. What fills a batch repeats its last row.
+    neighbour's null forward or gradient, nor does its arithmetic depend on it. fill: to exactly `batch`, by repeating the
+    last row.
     """
     rows = guided.shape[1]
-    if rows % batch == 0 and (rows == 1 or (guided == guided[:, :1]).all()):
-        yield from ((slice(start, start + batch), batch) for start in range(0, rows, batch))  # views: no copies
+    if not (fill and rows % batch) and (rows == 1 or (guided == guided[:, :1]).all()):
+        for start in range(0, rows, batch):
+            stop = min(start + batch, rows)
+            yield slice(start, stop), stop - start  # views: no copies
         return
     groups: dict[bytes, list[int]] = {}
     for row, pattern in enumerate(np.ascontiguousarray(np.packbits(guided, axis=0).T)):
@@ -315,7 +319,7 @@ def _batches(guided: NDArray[np.bool_], batch: int) -> Iterator[tuple[Rows, int]
     for members in groups.values():
         for start in range(0, len(members), batch):
             part = members[start : start + batch]
-            yield np.array(part + part[-1:] * (batch - len(part))), len(part)
+            yield np.array(part + part[-1:] * (fill * (batch - len(part)))), len(part)
 
 
 def _counters(seeds: Any, indices: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

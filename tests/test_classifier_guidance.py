@@ -326,7 +326,7 @@ def test_guidance_leaves_the_variance_alone() -> None:
     same(first[1.0] - first[0.0], none[1.0] - none[0.0], 1e-5)
 
 
-def test_gradients_are_taken_in_inference_mode_and_leave_no_trace() -> None:
+def test_gradients_are_the_same_in_any_mode_of_the_caller_and_leave_no_trace() -> None:
     for engine in ENGINES:
         sampler = guided(random_model(), engine=engine)
         classifier = sampler.classifier_guidance.classifier.requires_grad_(True)
@@ -334,6 +334,8 @@ def test_gradients_are_taken_in_inference_mode_and_leave_no_trace() -> None:
         assert not want.requires_grad
         assert all(parameter.grad is None for parameter in classifier.parameters())
         with torch.inference_mode():
+            assert torch.equal(sampler([1, 2], seeds=SEED), want)
+        with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(sampler([1, 2], seeds=SEED), want)
 
 

@@ -221,6 +221,33 @@ def test_euler_starts_at_its_first_level(spacing, scaled):
     torch.testing.assert_close(seen[0][0], x_T[0] * (sigma if scaled else 1.0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_autocast_of_the_caller_changes_no_bit(engine):
+    sampler = sampler_of(small_dit(), engine=engine)
+    want, of_network = sampler([1, 2], 2.0), sampler.predict(torch.zeros(1, *SHAPE), torch.tensor([9]), [1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler([1, 2], 2.0), want)
+        assert torch.equal(sampler.predict(torch.zeros(1, *SHAPE), torch.tensor([9]), [1]), of_network)
+
+
+def test_rows_that_need_no_full_batch_are_not_filled_up(monkeypatch):
+    """Only what the bits need is computed: here samples are computed each by itself."""
+    asked = []
+    for engine in ("cpu", "reference"):
+        sampler, rows = sampler_of(small_dit(), engine=engine, batch=4), []
+        run = sampler.engine.run
+        monkeypatch.setattr(
+            sampler.engine, "run", lambda request, run=run, rows=rows: rows.append(len(request.seeds)) or run(request)
+        )
+        counts = []
+        sampler([1] * 6, 2.0, on_batch=counts.append)
+        sampler([1, 2, 3], [1.0, 2.0, 2.0], on_batch=counts.append)
+        sampler([1], 2.0, on_batch=counts.append)
+        assert counts == [4, 2, 1, 2, 1]
+        asked.append(rows)
+    assert asked == [[4, 2, 1, 2, 1], [4] * 5]
+
+
 def test_the_returned_tensor_is_the_callers():
     sampler = sampler_of(small_dit())
     first = sampler([1, 2, 3], 2.0, seeds=1)
@@ -570,7 +597,7 @@ def test_on_a_gpu_a_batch_takes_as_long_as_the_device_does(monkeypatch):
     samples = sampler([0])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    sampler.engine = SimpleNamespace(device=torch.device("cuda", 0), run=lambda request: samples)
+    sampler.engine = SimpleNamespace(device=torch.device("cuda", 0), whole_batches=True, run=lambda request: samples)
     sampler([0])
     assert not done
     assert sampler.last_seconds == 2.5

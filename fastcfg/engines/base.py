@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +17,7 @@ from fastcfg.engines.classifier import ClassifierTerm, Rows
 
 @dataclass(frozen=True)
 class Request:
-    """Exactly `batch` rows to sample, all guided in the same steps.
+    """Up to `batch` rows to sample, all guided in the same steps; exactly as many for an engine of `whole_batches`.
 
     labels: what the network is given, int64 [B], or embeddings [B, ...]. scale: float32 [steps, B]. guided: bool [steps];
     elsewhere no null rows are computed. seeds, indices: int64 [B], the noise's counters. x_T: float32 [B, C, H, W] or None
@@ -46,10 +48,22 @@ class Request:
         )
 
 
+@contextmanager
+def plain_mode(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast, whatever the caller's modes: what is computed is what the engine's dtype says."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 class Engine(Protocol):
-    """An engine is made for one model, plan, device and dtype. notes: what a reader of `explain()` should know of it."""
+    """An engine is made for one model, plan, device and dtype.
+
+    whole_batches: whether it must be given full batches, for a sample to have the same bits in any. notes: what a reader of
+    `explain()` should know of it.
+    """
 
     name: str
+    whole_batches: bool
     notes: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype

@@ -99,7 +99,7 @@ class ClassifierGradient:
 
     def _of(self, x: Tensor, step: int, labels: Tensor) -> Tensor:
         # The caller's mode forbids gradients, and in inference mode a tensor cannot have one
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             x_t = torch.empty_like(x, dtype=torch.float32).copy_(x).requires_grad_()
             logits = self._module(x_t, self._times[step].repeat(len(x)))
             chosen = F.log_softmax(logits, dim=-1).gather(1, labels[:, None].clone())

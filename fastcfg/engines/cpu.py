@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastcfg import portable
-from fastcfg.engines.base import Engine, Request
+from fastcfg.engines.base import Engine, Request, plain_mode
 from fastcfg.engines.choice import fastest
 from fastcfg.engines.cpu_dit import NativeDiT, in_one_call, wide_dtype
 from fastcfg.engines.cpu_module import CpuModuleEngine
@@ -61,6 +61,7 @@ class CpuEngine:
     """
 
     name = "cpu"
+    whole_batches = False
 
     def __init__(
         self,
@@ -113,12 +114,12 @@ class CpuEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[FusedDiT]:
-        """The program, once the module is found fit for sampling, and all cores for it; whatever the caller's modes are."""
+        """The program, once the module is found fit for sampling, and all cores for it."""
         with one_thread():
             refuse_changed(self.model.module)
             refuse_training(self.model.module)
             refuse_stale(self.model.module, self._fingerprint)
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            with plain_mode(self.device):
                 yield self._program
 
     def _denoise(self, tokens: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class CpuEngine:
             raise Error("dtype 'int8' needs oneDNN's quantised products, which this torch lacks: use bf16 or fp32")
 
     def _made(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with plain_mode(self.device):
             return self._make_program(model, dtype)
 
     def _make_program(self, model: Denoiser, dtype: torch.dtype) -> FusedDiT:

@@ -34,6 +34,7 @@ class CpuModuleEngine(ReferenceEngine):
     """
 
     name = "cpu"
+    whole_batches = False
 
     def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None):
         if dtype == torch.int8:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcfg.engines.base import Request
+from fastcfg.engines.base import Request, plain_mode
 from fastcfg.engines.capture import Lane, StepGraphs, lane_of
 from fastcfg.engines.fused_dit import TABLE_BYTES, FusedDiT, Layer, is_plain_dit, refuse_changed
 from fastcfg.errors import Error
@@ -51,6 +51,7 @@ class CudaEngine:
     """
 
     name = "cuda"
+    whole_batches = True  # graphs are captured for one number of rows
 
     def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None = None):
         if plan.gradient is not None:
@@ -384,9 +385,8 @@ class _ModuleWeights:
 
 @contextmanager
 def _own_mode(device: torch.device) -> Iterator[None]:
-    """No gradients and no autocast, whatever the caller's modes: what is captured now would keep them, and buffers made in
-    inference mode could not be written outside it."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """`plain_mode`, which a captured step keeps, and no inference mode: buffers made in it could not be written outside."""
+    with torch.inference_mode(False), plain_mode(device):
         yield
 
 

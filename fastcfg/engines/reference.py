@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastcfg.engines.base import Request
+from fastcfg.engines.base import Request, plain_mode
 from fastcfg.engines.classifier import ClassifierTerm
 from fastcfg.engines.workers import one_thread
 from fastcfg.errors import Error
@@ -28,6 +28,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
+    whole_batches = True
     notes: tuple[str, ...] = ()
 
     def __init__(self, model: Denoiser, plan: Plan, device: torch.device, dtype: torch.dtype | None):
@@ -43,16 +44,14 @@ class ReferenceEngine:
         self._module = copy.deepcopy(source).to(self.device, self.dtype) if self._converted else source
         self._fingerprint = fingerprint(source)
 
-    @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check_module()
-        with self._threads():
+        with plain_mode(self.device), self._threads():
             return self._forward(x.to(self.device), t.to(self.device), self._conditions(y)[0]).float()
 
-    @torch.no_grad()
     def run(self, request: Request) -> Tensor:
         self._check_module()
-        with self._threads():
+        with plain_mode(self.device), self._threads():
             return self._run(request)
 
     def _threads(self) -> AbstractContextManager[None]:

@@ -60,7 +60,7 @@ def compute(sampler: Sampler, spec: Spec, unit: Unit, on_batch: Callable[[int], 
     """The samples of a unit: images (uint8 [n, H, W, C], or float32 [n, C, H, W] for latents), labels, seeds, indices
     (int64 [n]; the noise is that of (seed, index)), scales (float32 [n]).
 
-    The rows depend on the unit alone, and so do the batches that they are padded and split to: the same bytes from every
+    The rows depend on the unit alone, and so do the batches that they are split to: the same bytes from every
     worker. on_batch(n) is called after each batch with the number of samples it finished.
     """
     i = np.arange(unit.start, unit.stop)
