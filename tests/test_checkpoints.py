@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastcfg
+from fastcfg.checkpoints import infer_config
 from fastcfg.images import decode, load_vae
 from fastcfg.models.classifier import Classifier, ClassifierConfig, save_classifier
 from fastcfg.models.denoiser import Denoiser, describe_dit
@@ -270,6 +271,7 @@ def test_official_training_checkpoint(tmp_path: Path) -> None:
     "config",
     [
         {"hidden_size": 384, "num_heads": 6, "depth": 1},
+        {"hidden_size": 32},
         {"learn_sigma": False, "in_channels": 3},
         {"patch_size": 4, "mlp_ratio": 3.3},
         {"num_classes": 1000, "input_size": 16, "depth": 11},
@@ -281,6 +283,13 @@ def test_config_is_read_off_the_shapes(config: dict[str, Any], tmp_path: Path) -
     read = fastcfg.load(tmp_path / "a.pt").module.config
     assert replace(read, mlp_ratio=module.config.mlp_ratio) == module.config
     assert read.mlp_width == module.config.mlp_width
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "DiT-B/8", "DiT-L/4", "DiT-XL/2"])
+def test_published_shapes_have_their_heads(name: str) -> None:
+    with torch.device("meta"):
+        module = fastcfg.DiT.from_name(name)
+    assert infer_config(module.state_dict(), name) == module.config
 
 
 class Bomb:

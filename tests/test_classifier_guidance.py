@@ -140,6 +140,10 @@ def test_scale_by_step() -> None:
     same(make("conditional")(LABELS, seeds=SEED, classifier_scale=scales - 1), make()(LABELS, scales, SEED))
 
 
+def test_a_scale_is_taken_in_float64() -> None:
+    assert ClassifierGuidance(a_classifier(), 0.1).table(2, 3).tolist() == [[0.1] * 3] * 2
+
+
 @pytest.mark.parametrize("predicts", ["eps", "v", "x0", "flow"])
 def test_the_plans_column_is_the_definition(predicts: str) -> None:
     """At one x_t, eps is moved by -sigma g and the output recomputed from what a prediction is."""
@@ -413,6 +417,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "no classifier: make it with classifier_guidance=",
     ),
     "classifier-free scale on null": (call(scale=2.0), "base 'null' predicts nothing for y: scale must be 1"),
+    "classifier-free scale outside the interval": (
+        lambda: guided(random_model(), interval=(0, 1))([0, 1], [[2.0], [1.0], [1.0]]),
+        "base 'null' predicts nothing for y",
+    ),
     "w on null": (call(w=1.0), "base 'null' predicts nothing for y"),
     "rescale on null": (with_classifier(a_classifier(), rescale=0.5), "base 'null' has none"),
     "guided channels on null": (with_classifier(a_classifier(), guidance_channels=1), "base 'null' has none"),

@@ -60,7 +60,7 @@ def sampler(model: Denoiser | nn.Module, workers: int | None = None, **options: 
 MODELS = {
     "head 64": {"hidden_size": 128, "num_heads": 2},
     "head 72": {"hidden_size": 72, "block_conditioning": True},
-    "no variance": {"learn_sigma": False, "time_frequency_shift": 1, "mlp_norm_eps": 1e-5},
+    "no variance": {"learn_sigma": False, "time_frequency_shift": 1, "mlp_norm_eps": 1e-2},
     "no null label": {"class_dropout_prob": 0.0},
     "odd": {"input_size": 10, "hidden_size": 36, "num_heads": 3},  # 25 tokens of 36 values: no vector is filled
     "many tokens": WIDE,
@@ -115,6 +115,20 @@ def test_fp32_is_the_reference(run: tuple[Denoiser, dict, dict], batch: int, wor
     model, options, call = run
     want = Sampler(model, engine="reference", dtype="fp32", **options)(**call)
     assert relative(sampler(model, workers, batch=batch, **options)(**call), want) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{"solver": "ddim", "eta": 0.8}, {"solver": "ddpm"}, {"solver": "euler"}], ids=str)
+def test_given_noise_goes_to_its_rows_and_stays_the_callers(options: dict) -> None:
+    model, generator = model_of("head 64"), torch.Generator().manual_seed(3)
+    x_T = torch.randn(4, *model.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(3, 4, *model.shape, generator=generator, dtype=torch.float64)
+    noise[-1] = torch.nan  # the last step adds none
+    call = {"labels": [0, 1, 2, 1], "scale": [1.5, 2.0, 3.0, 2.0], "x_T": x_T.clone(), "noise": noise.clone()}
+    want = Sampler(model, steps=3, engine="reference", spacing="trailing", **options)(**call)
+    for workers in (1, 2):
+        assert relative(sampler(model, workers, spacing="trailing", **options)(**call), want) <= 1e-5
+    assert torch.equal(call["x_T"], x_T)
+    assert torch.equal(call["noise"].nan_to_num(9), noise.nan_to_num(9))
 
 
 def test_golden_files() -> None:
@@ -277,6 +291,7 @@ def test_weights_that_change_are_noticed_and_taken_up() -> None:
 
 CHANGES = {
     "hook": lambda module: module.blocks[0].attn.register_forward_hook(lambda *_: None),
+    "hook before": lambda module: module.blocks[0].attn.register_forward_pre_hook(lambda *_: None),
     "patch": lambda module: setattr(module.blocks[0].attn, "forward", lambda x: 2 * x),
     "layer": lambda module: setattr(module.blocks[0].mlp, "fc1", torch.nn.Sequential(module.blocks[0].mlp.fc1).eval()),
 }
@@ -423,6 +438,7 @@ def test_a_result_is_the_callers() -> None:
     made = sampler(model_of("head 64"))
     first = made([0, 1, 2], scale=3.0, seeds=1)
     kept = first.clone()
+    assert {made(range(rows)).dtype for rows in (3, 4)} == {kept.dtype} == {torch.float32}  # a part of a batch, and a whole one
     made([2, 1, 0], scale=2.0, seeds=2)
     assert torch.equal(first, kept)
     first.zero_()
@@ -603,3 +619,29 @@ def test_a_memory_that_cannot_be_written_costs_a_measurement(memory: Path, quest
     for _ in range(2):
         assert choice.fastest("q", {"one": lambda: None}) == "one"
     assert len(questions) == 2
+
+
+def test_without_a_home_folder_a_choice_costs_a_measurement(questions: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(none))
+    for _ in range(2):
+        assert choice.fastest("q", {"one": lambda: None}) == "one"
+    assert len(questions) == 2
+
+
+def test_answers_to_other_questions_and_on_other_machines_are_kept(memory: Path) -> None:
+    memory.parent.mkdir(parents=True)
+    memory.write_text(json.dumps({"another": {"q": "two"}}))
+    for question in ("q", "r"):
+        choice.fastest(question, {"one": lambda: None})
+    assert json.loads(memory.read_text()) == {"another": {"q": "two"}, choice.machine(): {"q": "one", "r": "one"}}
+
+
+def test_options_take_turns_and_each_gets_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "SECONDS", 0.0)
+    calls: list[str] = []
+    choice.measure({name: lambda name=name: calls.append(name) for name in "ab"})
+    assert calls == ["a", "b"] * (1 + choice.ROUNDS[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastcfg import Sampler, portable
 from fastcfg.engines import cpu_native
+from fastcfg.engines.cpu_dit import in_one_call
 from fastcfg.engines.cpu_native import FLAGS, NativeOperations, cpu_operations, kernels
 from fastcfg.engines.cpu_ops import CpuOperations, Tokens, has_int8
 from fastcfg.guidance import Guidance
@@ -73,6 +74,15 @@ def test_a_gated_product_joins_the_stream(library: object, tokens: int, heads: i
     got = operations.linear(h, *operations.pack(weight, bias, rows=tokens), **options)
     want = residual.double() + table[index.long()][:, None, D:].double() * F.linear(h.double(), weight.double(), bias.double())
     assert relative(got.double(), want) < 2 * DTYPES[dtype]
+
+
+def test_results_are_the_nearest_bfloat16_and_ties_are_even(library: object) -> None:
+    h = torch.arange(64).view(1, 1, 64).bfloat16() / 512  # 1 + h lies on a bfloat16, between two, or off the middle
+    ones, index = torch.ones(1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    operations = NativeOperations(library)
+    layer = operations.pack(torch.eye(64).bfloat16(), torch.zeros(64).bfloat16(), rows=1)
+    got = operations.linear(h, *layer, residual=ones, table=torch.ones(1, 64), index=index, gate_column=0)
+    assert torch.equal(got, (1 + h.float()).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,7 +224,7 @@ def test_a_step_has_the_bits_of_the_reference_engine(
         history = torch.zeros_like(x) if plan.needs_history else None
         for i in range(plan.steps):
             for halves in (1, 2) if i else (2,):
-                out = draw(halves * B, 2 * shape[0], *shape[1:], dtype=dtype, seed=10 + i)
+                out = draw(halves * B, 2 * shape[0], *shape[1:], dtype=dtype, seed=10 + i) / 3  # of as many digits as it has
                 operations.guided_step(
                     out, x, operations.step_table(plan), scales, torch.full((B,), i, dtype=torch.int32),
                     x0_prev=history, noise=noise, channels=plan.guidance.channels, rescale=plan.guidance.rescale,
@@ -310,6 +320,7 @@ def test_a_portable_process_has_torchs_operations(monkeypatch: pytest.MonkeyPatc
     for name, value in portable.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     assert type(cpu_operations()) is CpuOperations
+    assert not any(map(in_one_call, (torch.float32, torch.bfloat16, torch.int8)))
 
 
 @needs_compiler

@@ -129,6 +129,7 @@ def test_only_the_first_channels_are_guided(channels, guided):
         ("timestep:1:2.5", Interval(1, 2.5)),
         ("sigma:0.34:1.02", Interval(0.34, 1.02, "sigma")),
         ((100, 261), Interval(100, 261, "timestep")),
+        ((1 / 3, 1234567.5), Interval(1 / 3, 1234567.5)),
         ([5, 5], Interval(5, 5)),
         (np.array([3, 4]), Interval(3, 4)),
         (Interval(0, 1, "sigma"), Interval(0, 1, "sigma")),
@@ -161,6 +162,12 @@ def test_interval_parse(value, want):
 def test_bad_intervals_are_refused(value, says):
     with pytest.raises(Error, match=says):
         Interval.parse(value)
+
+
+@pytest.mark.parametrize("bounds", [(True, 5), (0, True), ("1", 5)])
+def test_bounds_that_are_no_numbers_are_refused(bounds):
+    with pytest.raises(Error, match="bounds must be numbers"):
+        Interval(*bounds)
 
 
 def test_the_papers_dit_interval_in_sigmas_is_timesteps_100_to_261():
@@ -226,6 +233,11 @@ def test_scale_tables_that_do_not_fit_are_refused(scale, says):
     guidance = Guidance(scale)
     with pytest.raises(Error, match=says):
         guidance.table(STEPS, ROWS)
+
+
+def test_a_scale_for_some_of_the_rows_is_refused():
+    with pytest.raises(Error, match=r"\[3, 1\] or \[3, 4\], got \[3, 2\]"):
+        Guidance([[1.0, 2.0]] * 3).table(3, 4)
 
 
 @pytest.mark.parametrize(

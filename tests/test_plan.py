@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -77,6 +78,24 @@ def test_an_interval_is_in_the_timesteps_that_the_model_is_given():
 def test_an_interval_without_a_step_is_refused(interval, settings, says):
     with pytest.raises(Error, match=says):
         plan(**settings, guidance=Guidance(interval=interval))
+
+
+@pytest.mark.parametrize(("clip", "clips"), [(False, False), (True, True), ("keep_eps", True)])
+def test_every_way_of_clipping_clips(clip, clips):
+    assert plan(clip=clip).clip is clips
+
+
+def test_clipping_goes_by_equality():
+    """Text that is read from a file is no constant of the source's."""
+    assert plan(clip="".join(["keep", "_eps"])).clip
+
+
+def test_a_flow_plan_starts_at_alpha_0_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flow = schedule("flow")
+        made = plan(5, flow, solver="euler", spacing="linspace", predicts="flow", guidance=Guidance(interval="sigma:0:2"))
+        assert (flow.noise_ratio[-1], made.guided[0]) == (math.inf, False)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +203,7 @@ def test_every_coefficient_is_finite(name, solver, predicts, steps):
         ({"eta": 1.1}, "eta must be"),
         ({"eta": float("nan")}, "eta must be"),
         ({"eta": "1"}, "eta must be"),
+        ({"eta": True}, "eta must be"),
         ({"eta": 0.5, "solver": "ddpm"}, "has no eta"),
         ({"variance": "learned"}, "unknown variance 'learned'"),
         ({"variance": "fixed_large"}, "has no choice of variance"),

@@ -104,7 +104,7 @@ def test_a_batch_that_is_full_or_not_gives_the_plain_loop(batch):
             eps = null + s * (model(x, t, y) - null)
             x0 = (x - math.sqrt(1 - alpha_bar[now]) * eps) / math.sqrt(alpha_bar[now])
             x = math.sqrt(alpha_bar[then]) * x0 + math.sqrt(1 - alpha_bar[then]) * eps
-    torch.testing.assert_close(got.double(), x, rtol=1e-6, atol=1e-6 * float(x.abs().max()))
+    torch.testing.assert_close(got, x.float(), rtol=2**-23, atol=0)  # rounded once, at the end
 
 
 def test_seeds_and_indices():
@@ -154,6 +154,16 @@ def test_steps_without_guidance_cost_one_row_a_sample(settings, scale, rows_a_st
         assert call.y.tolist() == ([0, 1, 2] + [CLASSES] * 3)[: call.rows]
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"), [({"solver": "euler"}, torch.int64), ({"solver": "euler", "spacing": "linspace"}, torch.float32)]
+)
+def test_a_module_is_given_whole_timesteps_where_all_are_whole(settings, dtype):
+    sampler, calls = counting_sampler(steps=5, **settings)
+    sampler([0, 1, 2], 2.0)
+    assert {call.t.dtype for call in calls} == {dtype}
+    assert [float(call.t[0]) for call in calls] == pytest.approx(sampler.plan.timesteps.tolist(), rel=1e-6)
+
+
 def test_rows_with_and_without_guidance_do_not_share_a_batch():
     sampler, calls = counting_sampler(batch=2)
     sampler([0, 1, 2, 3], [2.0, 1.0, 2.0, 1.0])
@@ -189,7 +199,7 @@ def test_scale_tables_per_step():
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_given_noise_takes_the_place_of_the_drawn(solver):
     sampler = sampler_of(small_dit(), solver=solver, eta=1.0 if solver == "ddim" else 0.0)
-    seeds, zeros = [6] * 5, np.zeros(5, int)
+    seeds, zeros = [6, 7, 8, 9, 10], np.zeros(5, int)
     drawn = sampler(LABELS[:5], 2.0, seeds=seeds)
     x_T = normal(seeds, zeros, INITIAL_STEP, SHAPE)
     noise = torch.stack([normal(seeds, zeros, i + 1, SHAPE) for i in range(4)])
@@ -349,6 +359,14 @@ def test_variance_is_the_models_unless_asked_for():
         sampler_of(plain, solver="ddpm", variance="learned_range")
 
 
+def test_eta_and_clip_are_the_models_unless_asked_for():
+    model = Denoiser(small_dit(), SHAPE, CLASSES, CLASSES, clip=True, eta=0.7)
+    for settings, eta, clip in [({}, 0.7, True), ({"eta": 0.0, "clip": False}, 0.0, False), ({"clip": "keep_eps"}, 0.7, True)]:
+        made = sampler_of(model, **settings).plan
+        assert (f"eta {eta}" in made.title, made.clip, made.needs_noise) == (True, clip, eta > 0)
+    assert not sampler_of(model, solver="euler").plan.needs_noise
+
+
 def test_guidance_leaves_the_variance_channels_alone():
     """They come from the conditional half: with eps 0 and v by label, the null's v must not show."""
 
@@ -404,6 +422,7 @@ def test_predict_is_the_networks_output():
     with torch.no_grad(), one_thread():  # as the engine runs it: products are cut otherwise on more
         cond, null = model(x, t, y), model(x, t, torch.full((5,), CLASSES))
     assert torch.equal(sampler.predict(x, t, y), cond)
+    assert not sampler.predict(x, t, y).requires_grad
     assert torch.equal(sampler.predict(x, t, y.tolist()), cond)
     assert torch.equal(sampler.predict(x, t, None), null)
     assert cond.shape == (5, 8, 4, 4)
@@ -431,6 +450,7 @@ def test_a_model_without_a_null_label_samples_at_scale_1_only():
     ("arguments", "says"),
     [
         ({"labels": []}, "at least one"),
+        ({"labels": torch.empty(0, dtype=torch.int64)}, "at least one"),
         ({"labels": 3}, "labels must be whole numbers"),
         ({"labels": [1.0]}, "labels must be whole numbers"),
         ({"labels": [[1], [2]]}, "labels must be whole numbers"),
@@ -441,6 +461,7 @@ def test_a_model_without_a_null_label_samples_at_scale_1_only():
         ({"scale": 0.5}, "at least 1"),
         ({"scale": [2.0]}, "1 values arrived for 2 rows"),
         ({"seeds": [1]}, "1 arrived for 2 rows"),
+        ({"seeds": torch.tensor([1])}, "1 arrived for 2 rows"),
         ({"seeds": 1.5}, "seeds must be whole numbers"),
         ({"seeds": None}, "seeds must be whole numbers"),
         ({"seeds": [1, 2.5]}, "seeds must be whole numbers"),
@@ -470,10 +491,12 @@ class Refusing(nn.Module):
     [
         (small_dit(), {"batch": 0}, "batch must be"),
         (small_dit(), {"batch": 2.0}, "batch must be"),
+        (small_dit(), {"batch": True}, "batch must be"),
         (small_dit(), {"guidance_channels": 5}, "samples have 4 channels"),
         (small_dit(), {"engine": "fast"}, "unknown engine 'fast'"),
         (small_dit(), {"dtype": "int4"}, "unknown dtype 'int4'"),
         (small_dit(), {"device": "abacus"}, "device 'abacus' cannot be used here"),
+        (small_dit(), {"device": "abacus", "engine": "cpu"}, "device 'abacus' cannot be used here"),
         (small_dit(), {"null_label": 6}, "label table has rows 0..5"),
         (small_dit(), {"null_label": -1}, "null_label must be"),
         (small_dit(), {"shape": (4, 8, 8)}, "the model's samples are"),
@@ -498,6 +521,13 @@ class Refusing(nn.Module):
 def test_bad_samplers_are_refused(model, settings, says):
     with pytest.raises(Error, match=says):
         sampler_of(model, **settings)
+
+
+@pytest.mark.parametrize(("dtype", "engine"), [("fp32", "cpu"), ("fp16", "reference")])
+def test_auto_takes_an_engine_that_has_the_precision(dtype, engine):
+    made = sampler_of(small_dit(), engine="auto", dtype=dtype)
+    assert made.engine.name == engine
+    assert torch.isfinite(made([1], 2.0)).all()
 
 
 def test_a_model_without_values_is_refused():

@@ -167,6 +167,7 @@ def test_a_schedule_that_its_parameters_do_not_make_is_not_stored(changes, says)
         ({"name": "linear", "betas": 3}, "does not take these parameters"),
         ({"name": "linear", "beta_end": 1.5}, "betas must lie in"),
         ({"name": "linear", "beta_start": 0.0}, "betas must lie in"),
+        ({"name": "linear", "beta_end": 1.0}, "betas must lie in"),
         ({"name": "log_snr_cosine", "lambda_min": 3.0, "lambda_max": 3.0}, "lambda_min must be below"),
         ({"name": "log_snr_cosine", "lambda_min": float("nan")}, "lambda_min must be below"),
         ({"name": "log_snr_cosine", "lambda_min": -1e9}, "does not take these parameters"),
@@ -282,6 +283,11 @@ def test_open_end_leaves_out_the_last_of_one_point_more(steps):
         assert (timesteps("dit", 1000, steps, open_end=True) == timesteps("dit", 1000, steps)).all()
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_open_end_visits_every_timestep_where_all_are_asked_for(spacing):
+    assert timesteps(spacing, 1000, 1000, open_end=True).tolist() == list(range(999, -1, -1))
+
+
 @pytest.mark.parametrize("spacing", ["dit", "ddim", "leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [2, 8, 40])
 def test_every_spacing_falls_within_the_table(spacing, steps):
@@ -308,6 +314,7 @@ def test_given_timesteps_are_kept():
         ("dit", 1, "use 'trailing'"),
         ("karras", 10, "unknown spacing 'karras'"),
         ([999, 0], 3, "one per step"),
+        ([[999, 0]], 2, "one per step"),
         ([0, 999], 2, "noisiest first"),
         ([5, 5], 2, "noisiest first"),
         ([1000, 0], 2, "must lie in 0..999"),

@@ -108,8 +108,9 @@ def test_ddpm_rows_are_bayes_rule(variance, clip):
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
-def test_posterior_ddpm_is_ddim_with_eta_1(name):
-    grid = discrete_grid(name=name)
+@pytest.mark.parametrize("steps", [9, 1000])
+def test_posterior_ddpm_is_ddim_with_eta_1(name, steps):
+    grid = discrete_grid(name=name, steps=steps)
     ours, theirs = ddpm(grid), ddim(grid, eta=1.0)
     for field in ("c_x", "c_out", "c_noise"):
         np.testing.assert_allclose(getattr(ours, field), getattr(theirs, field), rtol=1e-7, atol=1e-12)

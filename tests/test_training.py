@@ -58,6 +58,35 @@ def flags(folder: Path, **changes: object) -> list[str]:
     return ["train", str(folder / "data.npz"), "--out", str(folder / "run"), "--threads", "1", "--no-compile", *options]
 
 
+@pytest.mark.parametrize(("step", "decay"), [(0, 1 / 10), (10, 11 / 20), (88, 89 / 98), (10**4, 0.95)])
+def test_the_averages_decay_rises_to_what_is_asked(data: Path, tmp_path: Path, step: int, decay: float) -> None:
+    run = trainer(data, tmp_path / "run", ema=0.95)
+    with torch.no_grad():
+        for average, current in zip(run.ema.parameters(), run.model.parameters(), strict=True):
+            average.fill_(1.0)
+            current.zero_()
+    run._update_ema(step)
+    for average in run.ema.parameters():
+        torch.testing.assert_close(average, torch.full_like(average, decay))
+
+
+def test_a_network_is_given_its_schedules_own_times(data: Path, tmp_path: Path) -> None:
+    """Flow's are one above the table's positions."""
+    run, seen = trainer(data, tmp_path / "run", schedule="flow", predicts="flow"), []
+    run._forward = lambda x, t, y: seen.append(t) or run.model(x, t, y)
+    run._loss(0)
+    assert torch.equal(seen[0], run.batch(0)[2] + 1)
+
+
+def test_gradients_are_clipped(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(data, tmp_path / "run")
+    loss = run._loss
+    monkeypatch.setattr(run, "_loss", lambda step: 1e4 * loss(step))
+    run._train_step(0)
+    norms = [parameter.grad.norm() for parameter in run.model.parameters() if parameter.grad is not None]
+    assert torch.stack(norms).norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
 def test_labels_are_dropped_as_often_as_asked(data: Path, tmp_path: Path) -> None:
     run = trainer(data, tmp_path / "run", label_dropout=0.3, batch=64, images=64_000)
     labels = torch.cat([run.batch(step)[1] for step in range(200)])

@@ -145,6 +145,14 @@ def test_another_units_file_is_not_read(spec: Spec, tmp_path: Path) -> None:
         dataset[12]
 
 
+def test_a_unit_that_was_cut_short_since_is_damaged(spec: Spec, tmp_path: Path) -> None:
+    job = make_job(spec, f"memory://{tmp_path.name}/out")
+    dataset, name = open(job.store.url), get_unit(spec, 2).name
+    job.store.write(name, [bytes(job.store.read(name))[:-1]])
+    with pytest.raises(DamagedError, match=r"unit-000002\.safetensors ended at byte \d+; `job status --verify`"):
+        dataset[12:18]
+
+
 def test_few_units_are_open_at_once(tmp_path: Path) -> None:
     job = make_noise_job(tmp_path / "out", count=200, unit_size=2, shape=(3, 8, 8))
     dataset = open(tmp_path / "out")

@@ -165,6 +165,12 @@ def test_bad_input_is_one_error_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["exists"]
 
 
+def test_a_link_to_nowhere_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("nowhere")
+    with pytest.raises(Error, match="exists: remove it"):
+        export(folder, "png", tmp_path / "x", progress=False)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_latents_are_no_pixels(spec: Spec, tmp_path: Path, format: str) -> None:
     make_job(replace(spec, output="latents"), tmp_path / "out")

@@ -233,3 +233,9 @@ def test_latents_are_not_pixels(tiny_spec: Spec) -> None:
     with pytest.raises(fastcfg.Error, match='output = "latents"'):
         tiny_spec.check_model(model)
     replace(tiny_spec, output="latents").check_model(model)
+
+
+def test_a_job_has_at_most_as_many_units_as_a_folder_bears() -> None:
+    assert Spec("fashion-mnist", scales=(1.0,), count=100_000, unit_size=1).unit_count == 100_000
+    with pytest.raises(fastcfg.Error, match="100001 units: want at most 100000"):
+        Spec("fashion-mnist", scales=(1.0,), count=100_001, unit_size=1)

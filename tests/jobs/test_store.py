@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -22,7 +24,7 @@ from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import check_checkpoint, check_same, check_vacant, checkpoint_sha256, freeze, resolve
 from fastcfg.jobs.local_store import LocalStore
 from fastcfg.jobs.remote_store import RemoteStore
-from fastcfg.jobs.store import Store
+from fastcfg.jobs.store import FREEZING, Store
 
 UNIT = "units/unit-000003.safetensors"
 
@@ -41,6 +43,8 @@ def test_files_are_written_read_listed_and_moved(store: Store) -> None:
     assert store.size(UNIT) == 6
     assert store.sizes("units") == {"unit-000003.safetensors": 6}
     assert {"job.json", "units"} <= set(store.names())
+    store.write(UNIT, [])
+    assert bytes(store.read(UNIT)) == b""
     store.write(UNIT, [b"three"])
     assert bytes(store.read(UNIT)) == b"three"
     store.set_aside(UNIT, "damaged")
@@ -92,6 +96,9 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path: Path, 
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     LocalStore(tmp_path).write(UNIT, [b"x"])
     assert calls == ["fsync", "replace", "fsync"]
+    calls.clear()
+    LocalStore(tmp_path).set_aside(UNIT, "damaged")
+    assert calls == ["replace", "fsync"]
 
 
 HOLD = """
@@ -127,6 +134,59 @@ def test_local_claims_end_with_their_process_however_it_ends(tmp_path: Path) -> 
     store.release(3)
     assert store.clean() == 1
     assert not half.exists()
+
+
+def another_may_claim(store: LocalStore, number: int) -> bool:
+    child = os.fork()
+    if not child:
+        os._exit(store.claim(number))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_what_is_done_with_a_folder_leaves_no_claim(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.prepare()
+    half = [tmp_path / "units" / f".unit-000003.safetensors.{'0' * 16}.tmp", tmp_path / f".job.json.{'0' * 16}.tmp"]
+    for path in half:
+        path.touch()
+    assert store.clean() == 1
+    assert another_may_claim(store, 3)
+    with store.freezing():
+        assert not another_may_claim(store, FREEZING)
+    assert another_may_claim(store, FREEZING)
+    assert not any(path.exists() for path in half)
+    opened = os.listdir("/proc/self/fd")
+    assert all(store.claim(number) for number in range(4))
+    assert os.listdir("/proc/self/fd") == opened  # one for all units
+    assert not another_may_claim(store, 3)
+
+
+def test_without_locks_every_claim_is_granted_and_nothing_is_cleaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.prepare()
+    half = [tmp_path / "units" / f".unit-000003.safetensors.{'0' * 16}.tmp", tmp_path / f".job.json.{'0' * 16}.tmp"]
+    for path in half:
+        path.touch()
+
+    def failing(code: int) -> Callable[..., None]:
+        def lockf(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return lockf
+
+    for code in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        monkeypatch.setattr(fcntl, "lockf", failing(code))
+        assert store.claim(3)
+        assert store.clean() == 0
+        with store.freezing():  # another may be in here, too
+            assert all(path.exists() for path in half)
+    for code in (errno.EACCES, errno.EAGAIN):
+        monkeypatch.setattr(fcntl, "lockf", failing(code))
+        assert not store.claim(3)
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.EIO))
+    with pytest.raises(JobError, match=r"cannot lock .*claims: Input/output error"):
+        store.claim(3)
 
 
 def test_leases_are_one_holders_until_released_or_left_to_lapse(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ def test_files_are_safetensors_with_their_origin(job: Job, tmp_path: Path) -> No
     unit = get_unit(job.spec, 2)
     path = tmp_path / "job" / unit.name
     assert path.stat().st_size == unit_bytes(job, unit)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # so that what is mapped is aligned
     with safe_open(str(path), framework="np") as file:  # the format's own reader
         metadata = file.metadata()
         theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -133,6 +134,14 @@ def test_every_flipped_bit_is_found(job: Job) -> None:
             decode(job, unit, bytes(content))
         content[bit // 8] ^= 1 << bit % 8
     decode(job, unit, bytes(content))
+
+
+@pytest.mark.parametrize("header", [b"[]", b"3", b'{"__metadata__": 3}', b"{}", b"{", b"\xff", b"[" * 1000])
+def test_a_header_of_another_kind_is_damage(job: Job, header: bytes) -> None:
+    unit = get_unit(job.spec, 1)
+    content = len(header).to_bytes(8, "little") + header
+    with pytest.raises(DamagedError, match="its header cannot be read"):
+        decode(job, unit, content.ljust(unit_bytes(job, unit), b" "))
 
 
 def test_damage_is_named(job: Job, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def test_mixed_dtypes_and_neighbours_untouched():
 
 @pytest.mark.parametrize(
     "change", [{"shift_column": -1}, {"scale_column": 217}, {"index": torch.zeros(3, dtype=torch.int32)},
+               {"index": torch.zeros(3, dtype=torch.int32), "out": None},
                {"index": torch.zeros(2)}, {"x": torch.zeros(2, 5, 71)}, {"table": torch.zeros(7, 288).int()},
+               {"table": torch.zeros(7, 288, device="meta")},
                {"out": torch.zeros(2, 5, 73)}],
 )  # fmt: skip
 def test_refuses_what_does_not_fit(change):

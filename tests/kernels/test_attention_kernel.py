@@ -3,6 +3,7 @@ import torch
 from interpreted import FLOAT_TYPES, assert_as_close_as_torch, poisoned, randn, relative_error
 
 from fastcfg import Error
+from fastcfg.kernels import attention as module
 from fastcfg.kernels.attention import attention, attention_config, attention_cost, attention_ref, head_parts
 from fastcfg.models.dit import Attention
 
@@ -41,6 +42,15 @@ def test_default_tiles():
     assert attention_config(16, 72, torch.float16, "sm_90")["BLOCK_N"] == 16
     got = attention(qkv, heads, out=poisoned(2, 130, 144))
     assert_as_close_as_torch(got, attention_ref(qkv.double(), heads), attention_ref(qkv, heads))
+
+
+def test_what_is_not_16_byte_aligned_goes_through_pointers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "launch", lambda *args, **kwargs: seen.append(args[3]["DESCRIPTORS"]))
+    qkv, heads = case()
+    for one in (qkv, torch.zeros(qkv.numel() + 1)[1:].view_as(qkv)):
+        attention(one, heads, config=tiles(1))
+    assert seen == [True, False]
 
 
 def test_large_scores_do_not_overflow():

@@ -67,6 +67,7 @@ def test_the_two_kinds_of_step_differ_in_their_rows_only():
         (lambda x: x.nonzero(), "allocates"),
         (lambda x: torch.cuda.synchronize(), "waits"),
         (lambda x: torch.cuda.Event.synchronize(None), "waits"),
+        (lambda x: torch.cuda.Stream.synchronize(None), "waits"),
     ],
 )
 def test_planted_violations_are_refused(violation, what):
@@ -160,6 +161,73 @@ def test_without_a_stream_steps_run_as_they_are():
     assert log == [True, True, False]
 
 
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def synchronize(self):
+        self.log.append(f"{self.name} is done")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """(a lane that has a stream, the caller's stream, what they did)."""
+    log, lane = [], Lane(CPU)
+    lane.stream, caller = Stream("lane", log), Stream("caller", log)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return lane, caller, log
+
+
+def test_a_turn_comes_after_what_the_caller_had_and_before_what_it_gets(streams):
+    lane, caller, log = streams
+
+    def work():
+        with lane.turn() as held:
+            log.append("work")
+            assert held is caller
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert log == ["lane waits for caller", "work", "caller waits for lane"]
+
+
+def test_a_turn_inside_a_capture_of_the_callers_is_refused(streams, monkeypatch):
+    lane, _, log = streams
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(fastcfg.Error, match="cannot be captured in another"), lane.turn():
+        log.append("work")
+    assert log == []
+
+
+def test_graphs_are_forgotten_once_the_device_is_done_with_them(graphs):
+    made, log = graphs
+    made.lane.stream = Stream("lane", log)
+    made.run(lambda flag: log.append((flag, 0)), [True] * 5)
+    log.clear()
+    made.clear()
+    made.run(lambda flag: log.append((flag, 0)), [True] * 5)
+    assert log == ["lane is done", (True, 0), (True, 4)]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_is_left_as_it_was(collects):
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with capture.collector_off():
+            assert not gc.isenabled()
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
 def test_engines_of_a_device_share_a_lane_and_take_turns():
     first, second = sampler(random_dit()).engine, foreign_sampler().engine
     assert first._lane is second._lane is lane_of(CPU)
@@ -213,6 +281,7 @@ def lane(monkeypatch):
     @contextlib.contextmanager
     def graph(into, **options):
         assert not gc.isenabled()
+        assert options["capture_error_mode"] == "thread_local"  # other threads may allocate meanwhile
         into.append(options["pool"])
         yield
 
@@ -268,8 +337,11 @@ def test_a_failed_capture_names_its_first_cause():
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         finally:
-            raise RuntimeError("capture was invalidated")  # as leaving torch.cuda.graph does
+            try:
+                raise RuntimeError("capture was invalidated")  # as leaving torch.cuda.graph does
+            finally:
+                raise RuntimeError("the pool is still open")
 
-    with pytest.raises(RuntimeError, match="invalidated") as raised:
+    with pytest.raises(RuntimeError, match="still open") as raised:
         leave()
     assert capture._first_cause(raised.value) == "operation not permitted when stream is capturing"

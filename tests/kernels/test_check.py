@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from fastcfg import Error
+from fastcfg.kernels import check
 from fastcfg.kernels.check import Case, Row, _compile_nth, _results, compile_case
 from fastcfg.kernels.noise import noise
 
@@ -115,6 +117,73 @@ rows(check.Case("broken", lambda: check._attention(torch.bfloat16, 256, 72)))
 def test_an_interpreted_process_is_refused():
     with pytest.raises(Error, match="TRITON_INTERPRET"):
         compile_case(Case("", lambda: noise), "sm_90")
+
+
+PLAIN = Case("", lambda: None)
+
+
+def inspected(monkeypatch, target, registers=1, spills=0, shared=0, text="", stack=8, case=PLAIN, warps=4):
+    """What the gates say of a kernel whose compiler printed this."""
+    monkeypatch.setattr(check, "_resources", lambda cubin: (registers, stack))
+    monkeypatch.setattr(check, "_spilled", lambda ptx: spills)
+    counts = f".vgpr_count: {registers}\n.vgpr_spill_count: {spills}"
+    asm = {"ptx": text, "cubin": b"", "amdgcn": counts + text}
+    compiled = SimpleNamespace(metadata=SimpleNamespace(shared=shared), asm=asm)
+    return check._inspect("kernel", case, target, {"num_warps": warps}, compiled).failures
+
+
+@pytest.mark.parametrize(
+    ("target", "used", "says"),
+    [
+        ("sm_90", {"registers": 255, "shared": 232448}, ()),
+        ("sm_90", {"registers": 256}, ("256 registers, 255 at most",)),
+        ("sm_90", {"spills": 4}, ("spills 4 bytes",)),
+        ("sm_90", {"spills": 4, "stack": 0}, ()),
+        ("sm_90", {"shared": 232449}, ("232449 bytes of shared memory, 232448 at most",)),
+        ("sm_86", {"shared": 101377}, ("101377 bytes of shared memory, 101376 at most",)),
+        ("sm_87", {"shared": 166912}, ()),
+        ("gfx942", {"registers": 512, "shared": 65536}, ()),
+        ("gfx942", {"registers": 513, "spills": 3}, ("spills 3 bytes", "513 registers, 512 at most")),
+        ("gfx942", {"shared": 65537}, ("65537 bytes of shared memory, 65536 at most",)),
+    ],
+)
+def test_gates_of_registers_spills_and_shared_memory(monkeypatch, target, used, says):
+    assert inspected(monkeypatch, target, **used) == says
+
+
+COPIES = "asynchronous copies"
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "product", "lacks"),
+    [
+        ("sm_90", "wgmma.mma_async cp.async.bulk.tensor", {}, []),
+        ("sm_90", "wgmma.mma_async cp.async.cg", {}, []),
+        ("sm_90", "wgmma.mma_async", {}, [COPIES]),
+        ("sm_90", "wgmma.mma_async", {"loop": False}, []),
+        ("sm_90", "mma.sync cp.async.cg", {}, ["wgmma"]),
+        ("sm_90", "mma.sync cp.async.cg", {"small": True}, []),
+        ("sm_90", "", {"product": False}, []),
+        ("sm_100", "tcgen05.mma cp.async.bulk.tensor", {}, []),
+        ("sm_100", "mma.sync cp.async.bulk", {}, ["tcgen05", COPIES]),  # a copy of another kind
+        ("sm_120", "mma.sync cp.async.ca", {}, []),
+        ("sm_80", "", {}, ["mma", COPIES]),
+        ("gfx942", "v_mfma_f32", {}, []),
+        ("gfx942", "", {"small": True}, ["mfma"]),
+    ],
+)
+def test_gates_of_matrix_units_and_copies(monkeypatch, target, text, product, lacks):
+    case = Case("", lambda: None, **{"product": True, **product})
+    assert inspected(monkeypatch, target, text=text, case=case) == tuple(f"no {what}" for what in lacks)
+
+
+@pytest.mark.parametrize(("target", "warps", "says"), [("sm_90", 4, ()), ("sm_90", 8, ("2.00 times",)), ("sm_100", 8, ())])
+def test_gate_of_padding(monkeypatch, target, warps, says):
+    """Each of two warp groups makes a product of its own, of as many multiply-adds as were asked of both."""
+    text = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
+    case = Case("", lambda: None, work=lambda _: 64 * 128 * 16)
+    found = inspected(monkeypatch, target, text=text, case=case, warps=warps)
+    assert found == tuple(f"{what} the multiply-adds asked for" for what in says)
 
 
 def test_a_row_says_what_failed():

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import fastcfg
 from fastcfg.engines import cuda, make_engine
+from fastcfg.engines.capture import StepGraphs
 from fastcfg.engines.cuda import CudaEngine, DiTLoop, ModuleLoop
+from fastcfg.models.denoiser import describe_dit
 from fastcfg.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -46,7 +48,7 @@ class Foreign(nn.Module):
         self.classes = nn.Embedding(6, 16)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        condition = self.classes(y) + torch.sin(t[:, None].to(x.dtype) / 100)
+        condition = self.classes(y) + torch.sin(t[:, None].to(x.dtype))  # which a quarter of a timestep changes
         return self.outer(torch.tanh(self.inner(x) + condition[:, :, None, None]))
 
 
@@ -81,7 +83,7 @@ def difference(make: object, scale: object = 3.0, labels: tuple[int, ...] = (1, 
         ({"learn_sigma": False}, {"clip": True, "spacing": LOW}),
         ({"block_conditioning": True}, {}),
         ({"patch_size": 4, "in_channels": 5}, {"eta": 0.5}),  # 80 values a patch: no step_boundary
-        ({"mlp_norm_eps": 1e-5}, {"solver": "euler", "spacing": "linspace"}),
+        ({"mlp_norm_eps": 1e-2}, {"solver": "euler", "spacing": "linspace", "steps": 5}),  # t is 999, 749.25, ..
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) or "plain",
 )
@@ -102,7 +104,7 @@ def test_each_row_has_its_own_scale_label_and_seed():
     assert difference(lambda engine: sampler(module, engine), scale=1.0) < CLOSE
 
 
-@pytest.mark.parametrize("options", [{"eta": 0.8}, {"solver": "ddpm"}, {}])
+@pytest.mark.parametrize("options", [{"eta": 0.8}, {"solver": "ddpm"}, {}, {"solver": "euler", "spacing": LOW}], ids=str)
 def test_given_noise(options):
     module = random_dit()
     x_T, noise = torch.randn(2, 3, 8, 8), torch.randn(4, 2, 3, 8, 8)
@@ -177,7 +179,7 @@ def test_predict_agrees_with_the_reference():
         {"interval": (200, 700)},
         {"eta": 0.8, "rescale": 0.5},
         {"solver": "dpmpp_2m"},
-        {"solver": "euler", "spacing": "linspace"},
+        {"solver": "euler", "spacing": "linspace", "steps": 5},
     ],
     ids=str,
 )
@@ -218,7 +220,9 @@ def test_changed_weights_are_noticed_and_taken_up_in_place(dtype):
     with pytest.raises(fastcfg.Error, match=r"sampler\.refresh"):
         one([1, 2], 3.0)
     one.refresh()
-    assert torch.equal(one([1, 2], 3.0), sampler(other, dtype=name, steps=2)([1, 2], 3.0))
+    fresh, x, t = sampler(other, dtype=name, steps=2), torch.ones(2, 3, 8, 8), torch.tensor([12.5, 700.0])
+    assert torch.equal(one([1, 2], 3.0), fresh([1, 2], 3.0))
+    assert torch.equal(one.predict(x, t, [1, 2]), fresh.predict(x, t, [1, 2]))
     assert [tensor.data_ptr() for tensor in one.engine._weights._program.weights()] == before
 
 
@@ -242,11 +246,13 @@ def test_changed_weights_of_a_foreign_module():
     with pytest.raises(fastcfg.Error, match=r"sampler\.refresh"):
         converted([1, 2], 3.0)
     converted.refresh()
+    assert converted.engine._loops  # what is captured reads the same copy
     assert torch.equal(converted([1, 2], 3.0), foreign_sampler(module=other, dtype="fp16")([1, 2], 3.0))
     module.outer.weight = nn.Parameter(first.new_zeros(3, 16, 3, 3))
     with pytest.raises(fastcfg.Error, match=r"sampler\.refresh"):
         itself([1, 2], 3.0)
     itself.refresh()
+    assert not itself.engine._loops  # what was captured reads where the weights were
     assert torch.equal(itself([1, 2], 3.0), foreign_sampler(module=copy.deepcopy(module))([1, 2], 3.0))
 
 
@@ -261,8 +267,25 @@ def test_what_is_fused_and_what_is_not():
     assert difference(lambda engine: sampler(module, engine)) < CLOSE
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"hidden_size": 128}, None),
+        ({"hidden_size": 136}, "a head has 136 values"),
+        ({"hidden_size": 40, "num_heads": 2}, "a head has 20 values"),
+        ({"patch_size": 8, "in_channels": 4}, None),
+        ({"patch_size": 8, "in_channels": 5}, "a patch has 320 values"),
+    ],
+)
+def test_what_the_kernels_take(config, why):
+    found = cuda.why_not_fused(describe_dit(random_dit(depth=1, **config)))
+    assert found is None if why is None else found.startswith(why)
+
+
 def test_buffers_of_few_batch_sizes_are_kept(monkeypatch):
+    cleared = []
     monkeypatch.setattr(cuda, "MAX_BATCHES", 2)
+    monkeypatch.setattr(StepGraphs, "clear", lambda graphs: cleared.append(graphs))
     one = sampler(random_dit(depth=1), steps=2)
     asked = []
     run = one.engine.run
@@ -275,6 +298,7 @@ def test_buffers_of_few_batch_sizes_are_kept(monkeypatch):
         seeds = request.seeds[:1].repeat(rows)
         one.engine.run(replace(request, **few, seeds=seeds, indices=seeds))
     assert list(one.engine._loops) == [1, 3]
+    assert len(cleared) == 1
 
 
 def test_refusals():

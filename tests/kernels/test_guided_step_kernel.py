@@ -145,6 +145,22 @@ def test_scale_1_is_the_conditional_prediction_to_the_bit():
     )
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_what_is_not_a_number_stays_so(clip):
+    model_out, x = inputs()
+    model_out[1, 2, 3, 4] = float("nan")
+    got = guided_step(model_out, x, step_table(learned_plan()), SCALE, torch.zeros(3, dtype=torch.int32), clip=clip)
+    assert got.isnan().nonzero().tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("function", [guided_step, guided_step_ref])
+def test_noise_of_a_step_that_adds_none_is_not_read(function):
+    model_out, x = inputs()
+    coef, step = step_table(learned_plan()), torch.full((3,), 5, dtype=torch.int32)
+    got = function(model_out, x, coef, SCALE, step, noise=poisoned(6, *x.shape))
+    assert torch.equal(got, function(model_out, x, coef, SCALE, step))
+
+
 def test_rescale_over_several_chunks():
     """9,000 guided elements are three chunks of moments, far from mean 0, the last one short."""
     model_out, x = randn(4, 2, 90, 50, seed=1) + 20, randn(2, 2, 90, 50, seed=2)
@@ -176,9 +192,14 @@ def test_writes_nothing_beyond_its_rows():
         {"scale": torch.ones(6, 2)},
         {"step": torch.zeros(3, dtype=torch.int64)},
         {"channels": 5},
+        {"channels": 0},
         {"rescale": 1.5},
+        {"rescale": -0.1},
         {"seeds": SEEDS},
+        {"seeds": SEEDS, "indices": INDICES.int()},
+        {"seeds": SEEDS[:2], "indices": INDICES},
         {"noise": torch.zeros(3, 4, 6, 5)},
+        {"noise": torch.zeros(6, 3, 4, 6, 5), "seeds": SEEDS, "indices": INDICES},
         {"model_input": torch.zeros(4, 4, 6, 5)},
         {"moments": torch.zeros(3, 2, 4), "rescale": 0.5},
         {"x0_prev": torch.zeros(3, 4, 6, 4)},
@@ -196,3 +217,9 @@ def test_cost_is_the_hand_count():
     model_out, x = torch.empty(2, 4, 32, 32, dtype=torch.bfloat16), torch.empty(1, 4, 32, 32)
     assert guided_step_cost(model_out, x) == (4096 * (2 * 2 + 2 * 4), 4096 * 11)
     assert guided_step_cost(model_out, x, channels=3).bytes == 4096 * 2 + 3072 * 2 + 4096 * 8
+    assert guided_step_cost(model_out[:1], x) == (4096 * (2 + 8), 4096 * 8)
+    assert guided_step_cost(model_out, x, learned=True).bytes == 4096 * (3 * 2 + 8)
+    assert guided_step_cost(model_out, x, history=True, given_noise=True).bytes == 4096 * (2 * 2 + 2 * 8 + 4)
+    assert guided_step_cost(model_out, x, model_input=model_out).bytes == 4096 * (2 * 2 + 8 + 2 * 2)
+    # the moments read both halves once more, and take a mean and a square of each
+    assert guided_step_cost(model_out, x, rescale=0.7) == (4096 * (4 * 2 + 8), 4096 * (11 + 7))

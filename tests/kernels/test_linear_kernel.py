@@ -99,6 +99,11 @@ def test_default_tiles_without_bias_and_of_two_dimensions():
     assert linear_config(200, torch.float32, "interpreter") == linear_config(200, torch.float32, "sm_90")
 
 
+def test_descriptors_are_for_targets_that_copy_through_them():
+    targets = {"sm_80": 0, "sm_86": 0, "sm_90": 1, "sm_100": 1, "sm_103": 1, "sm_120": 1, "gfx942": 0, "interpreter": 1}
+    assert {target: linear_config(200, torch.float16, target)["DESCRIPTORS"] for target in targets} == targets
+
+
 def test_writes_nothing_beyond_its_rows():
     arguments, _ = case(T=5)
     for config in PATHS.values():
@@ -114,6 +119,11 @@ def test_rows_that_are_not_16_byte_aligned_go_through_pointers(monkeypatch):
     for K, N in ((24, 40), (33, 40), (24, 50)):
         linear(*case(K=K, N=N)[0], config=SMALL)
     assert seen == [True, False, False]
+    for place in range(2):
+        arguments = list(case()[0])
+        arguments[place] = torch.zeros(arguments[place].numel() + 1)[1:].view_as(arguments[place])
+        linear(*arguments, config=SMALL)
+    assert seen[3:] == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,16 @@ def test_scale_multiplies_and_the_reference_is_the_same_function():
         {"out": torch.empty(5, 3, dtype=torch.float16)},
         {"out": torch.empty(5)},
         {"step": -1},
+        {"step": 2**31},
     ],
 )
 def test_refuses_what_does_not_fit(change):
     arguments = {"seeds": SEEDS, "indices": INDICES, "step": 0, "out": torch.empty(5, 3)} | change
     with pytest.raises(Error):
         noise(**arguments)
+
+
+def test_refuses_more_elements_than_the_counter_has():
+    one = torch.empty(1, dtype=torch.int64, device="meta")
+    with pytest.raises(Error, match="32-bit element counter, got 4294967296 elements"):
+        noise(one, one, 0, out=torch.empty(1, 2**32, device="meta"))

@@ -3,7 +3,7 @@ import torch
 from interpreted import FLOAT_TYPES, assert_as_close_as_torch, poisoned, randn
 
 from fastcfg import DiT, Error
-from fastcfg.kernels.patch_embed import patch_embed, patch_embed_cost, patch_embed_ref
+from fastcfg.kernels.patch_embed import patch_columns, patch_embed, patch_embed_cost, patch_embed_ref
 
 SMALL = {"TOKENS": 16, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
 
@@ -31,6 +31,8 @@ def test_the_reference_is_the_models_own_arithmetic():
     x, proj = randn(2, 4, 8, 8), model.x_embedder.proj
     want = model.x_embedder(x) + model.pos_embed
     assert torch.allclose(patch_embed_ref(x, proj.weight, proj.bias, model.pos_embed[0]), want, atol=1e-6)
+    x, *low = case(dtype=torch.float16)  # the model's first operation is to round x
+    assert torch.equal(patch_embed_ref(x, *low), patch_embed_ref(x.half(), *low))
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_the_default_tiles_agree():
@@ -47,6 +49,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_the_default_tiles_agree():
         {"x": torch.zeros(2, 4, 6, 8).half()},
         {"weight": torch.zeros(40, 3, 2, 2)},
         {"weight": torch.zeros(40, 4, 4, 4)},
+        {"weight": torch.zeros(40, 4, 2, 4)},
+        {"weight": torch.zeros(40, 4, 0, 0)},
         {"bias": torch.zeros(39)},
         {"position": torch.zeros(11, 40)},
         {"out": torch.zeros(2, 12, 41)},
@@ -56,6 +60,11 @@ def test_refuses_what_does_not_fit(change):
     names = ("x", "weight", "bias", "position")
     with pytest.raises(Error):
         patch_embed(**dict(zip(names, case(), strict=True)) | change)
+
+
+@pytest.mark.parametrize(("channels", "patch", "columns"), [(1, 2, 16), (4, 2, 16), (5, 2, 32), (3, 4, 64), (4, 4, 64)])
+def test_columns_are_a_power_of_two_that_products_take(channels, patch, columns):
+    assert patch_columns(channels, patch, 64) == columns
 
 
 def test_refuses_patches_too_large_for_a_tile():

@@ -153,6 +153,15 @@ def test_scale_1_is_the_conditional_prediction_to_the_bit():
     assert torch.equal(tokens, want_tokens)
 
 
+def test_tokens_without_variance_stay_finite():
+    """Of some, the mean of the squares rounds to less than the square of the mean."""
+    arguments, options, shape = case(PLANS["ddpm-learned"])
+    arguments["h"][:] = 1e3 * randn(4, 12, 1)
+    got, tokens, _ = run(step_boundary, arguments, options, poisoned(*shape), None, config=SMALL)
+    assert got.isfinite().all()
+    assert tokens.isfinite().all()
+
+
 def test_last_step_in_place_and_default_tiles():
     """Without `tokens` only x' is written; x itself may receive it."""
     plan = PLANS["ddim"]
@@ -172,9 +181,11 @@ def test_last_step_in_place_and_default_tiles():
         {"index": torch.zeros(2, dtype=torch.int32)},
         {"shift_column": 81},
         {"weight": torch.zeros(31, 40)},
+        {"weight": torch.zeros(33, 40), "bias": torch.zeros(33)},
         {"weight": torch.zeros(20, 40), "bias": torch.zeros(20)},
         {"patch": 5},
         {"channels": 5},
+        {"channels": 0},
         {"step": torch.zeros(2, dtype=torch.int64)},
         {"tokens": None},
         {"embed_weight": torch.zeros(40, 4, 1, 1), "position": torch.zeros(48, 40)},
@@ -201,3 +212,6 @@ def test_cost_is_the_hand_count():
     cost = step_boundary_cost(h, weight, x, patch=2, learned=True, tokens=tokens, position=tokens[0])
     moved = 2 * (512 * 1152 + 32 * 1152 + 4 * 1152 + 17 * 1152 + 2 * 256 * 1152) + 8 * 4096
     assert cost == (moved, 2 * 256 * 1152 * 16 * (2 + 1 + 1) + 4 * 512 * 1152 + 11 * 4096)
+    last = step_boundary_cost(h[:1], weight, x, patch=2, history=True, given_noise=True)
+    moved = 2 * (256 * 1152 + 16 * 1152 + 2 * 1152) + 5 * 4 * 4096
+    assert last == (moved, 2 * 256 * 1152 * 16 + 4 * 256 * 1152 + 8 * 4096)

@@ -50,6 +50,11 @@ def test_by_hand_on_a_line() -> None:
     assert found.coverage.value == pytest.approx(2 / 3)  # no sample is within 2 of 2
 
 
+def test_twins_are_at_no_negative_distance() -> None:
+    twins = np.repeat(100 * clouds(60, 10)[0], 2, axis=0)
+    assert (neighbour_distances(twins, [1]) >= 0).all()
+
+
 def test_a_set_against_itself() -> None:
     x, _ = clouds(80, 10)
     found = manifold(x, x)

@@ -61,6 +61,7 @@ def test_its_bootstrap_error_is_that_of_repetition() -> None:
         (np.zeros((20, 1)), "two classes"),
         (np.full((20, 3), np.nan), "NaN"),
         (np.full((20, 3), -np.inf), "-inf"),
+        (np.full((20, 3), np.inf), "NaN or infinity"),
     ],
 )
 def test_bad_logits_are_refused(bad: np.ndarray, message: str) -> None:
@@ -81,6 +82,7 @@ def test_class_accuracy_by_hand() -> None:
     [
         (np.zeros((3, 2)), [0, 1], r"\[3, 2\] and int64 \[2\]"),
         (np.zeros((2, 2)), [0.0, 1.0], "float64"),
+        (np.zeros((0, 2)), np.zeros(0, int), r"\[0, 2\] and int64 \[0\]"),
         (np.zeros((2, 2)), [0, 2], r"0\.\.1, got 0 to 2"),
         (np.zeros((2, 2)), [-1, 0], "got -1 to 0"),
         (np.full((2, 2), np.nan), [0, 1], "NaN"),
@@ -95,5 +97,6 @@ def test_within_class_distance_by_hand() -> None:
     features = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     labels = np.array([0, 0, 1, 1, 1])
     assert within_class_distance(features, labels) == pytest.approx((5 + (1 + 1 + 2**0.5) / 3) / 2)
+    assert within_class_distance(np.full((2, 3), 0.1), np.zeros(2, int)) == pytest.approx(0, abs=1e-7)
     with pytest.raises(Error, match="at least two samples"):
         within_class_distance(features, np.arange(5))
