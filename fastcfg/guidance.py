@@ -10,11 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_whole
 from fastcfg.schedules import Array
 
 BASES = ("null", "conditional")
 _LARGEST = float(np.finfo(np.float32).max)  # a scale is float32 in `Guidance.table`
+
+# Where a scale below 1 asks for something that can be had: eps_null itself, which is what s = 0 and w = -1 stand for
+_UNCONDITIONAL = (
+    "for unconditional samples give the null label as label, at scale 1, to a sampler made with num_classes=null_label + 1"
+)
 
 Real = TypeVar("Real", np.float32, np.float64)
 
@@ -94,8 +99,10 @@ class Guidance:
         phi, channels = self.rescale, self.channels
         if isinstance(phi, bool) or not isinstance(phi, (int, float)) or not 0 <= phi <= 1:
             raise Error(f"rescale must be a number in [0, 1], got {phi!r}")
-        if channels is not None and (not isinstance(channels, int) or isinstance(channels, bool) or channels < 1):
-            raise Error(f"guidance_channels must be None (all) or a whole number of at least 1, got {channels!r}")
+        if channels is not None:
+            object.__setattr__(self, "channels", as_whole(channels))
+            if self.channels is None or self.channels < 1:
+                raise Error(f"guidance_channels must be None (all) or a whole number of at least 1, got {channels!r}")
 
     @classmethod
     def from_w(cls, w: Any, **others: Any) -> Guidance:
@@ -175,5 +182,6 @@ def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array
     if not (low >= least and high <= _LARGEST):  # a NaN is the least and the largest
         wrong = values[~((values >= least) & (values <= _LARGEST))]
         note = " (1 is no guidance; the paper's w is scale - 1)" if name == "scale" else ""
-        raise Error(f"{name} must be finite and at least {least:g}{note}, got {wrong[0]}")
+        way = f": {_UNCONDITIONAL}" if name in ("scale", "w") and wrong[0] < least else ""
+        raise Error(f"{name} must be finite and at least {least:g}{note}, got {wrong[0]}{way}")
     return values

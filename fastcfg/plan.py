@@ -101,6 +101,7 @@ def make_plan(
     guidance = guidance if guidance is not None else Guidance()
     _check(schedule, solver, predicts, eta, variance, clip)
     positions = timesteps(spacing, schedule.T, steps, fractional=solver == "euler", open_end=solver == "dpmpp_2m")
+    steps = len(positions)
     alpha, sigma = schedule.at(positions)
     grid = Grid(np.append(alpha, 1.0), np.append(sigma, 0.0), predicts, clip)
     all_options: dict[str, dict[str, Any]] = {"ddim": {"eta": eta}, "ddpm": {"variance": variance}}

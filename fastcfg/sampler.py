@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from fastcfg.ceilings import Ceilings
 from fastcfg.engines import Request, make_engine
 from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm, Rows
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_whole
 from fastcfg.explain import Explanation, explain
 from fastcfg.guidance import ClassifierGuidance, Guidance, Interval
-from fastcfg.models.denoiser import Denoiser, as_denoiser
+from fastcfg.models.denoiser import Denoiser, as_denoiser, try_module
+from fastcfg.models.dit import DiT
 from fastcfg.noise import as_seed
 from fastcfg.plan import make_plan
 from fastcfg.schedules import Array, Schedule
@@ -30,7 +31,9 @@ class Sampler:
     Fixed when it is made: steps, solver ("ddim", "ddpm", "dpmpp_2m", "euler"), spacing, variance, interval, rescale,
     guidance_channels (see `fastcfg.Guidance`), batch, device, dtype, engine; DDIM's eta, and clip (False, True, "keep_eps"),
     where None is the model's own default. For a module that is not ours: schedule, predicts, null_label, num_classes and
-    shape (C, H, W) say how it was trained. Labels, scales and seeds change from call to call at no cost.
+    shape (C, H, W) say how it was trained; num_classes is null_label unless given. It is tried on a row of zeros at the plan's
+    first t. t is the schedule's timestep, 0..T-1, and for a flow model T tau, 1..T; int64, or float32 where the plan visits
+    fractions of timesteps ("euler" with "linspace"). Labels, scales and seeds change from call to call at no cost.
 
     classifier_guidance: a classifier's gradient on top (see `fastcfg.ClassifierGuidance`), inside the interval. On base "null"
     no conditional forward is made, so scale, rescale and guidance_channels, which are classifier-free guidance's, stay off.
@@ -63,12 +66,13 @@ class Sampler:
         num_classes: int | None = None,
         shape: tuple[int, int, int] | None = None,
     ):
-        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        rows = as_whole(batch)
+        if rows is None or rows < 1:
             raise Error(f"batch must be a whole number of at least 1, got {batch!r}")
         self.model = as_denoiser(
             model, schedule=schedule, predicts=predicts, null_label=null_label, num_classes=num_classes, shape=shape
         )
-        self.batch = batch
+        self.batch = rows
         self.guidance = Guidance(interval=interval, rescale=rescale, channels=guidance_channels)  # type: ignore[arg-type]
         if guidance_channels is not None and guidance_channels > self.model.shape[0]:
             raise Error(f"guidance_channels {guidance_channels} asked, but samples have {self.model.shape[0]} channels")
@@ -96,11 +100,21 @@ class Sampler:
             guidance=self.guidance,
             by_classifier=classifier_guidance is not None,
         )
+        if not isinstance(self.model.module, DiT):  # whose tables are known
+            whole = torch.int64 if self.plan.whole_timesteps else torch.float32
+            on_null = self._on_null or isinstance(self.model.null_label, Tensor)
+            last = None if on_null else (self.model.num_classes or 1) - 1
+            try_module(self.model, torch.tensor(self.plan.timesteps[:1], dtype=whole), last)
         self.engine = make_engine(engine, self.model, self.plan, device, dtype)
         self._gradient: ClassifierGradient | None = None
         if classifier_guidance is not None:
             self._gradient = ClassifierGradient(classifier_guidance.classifier, self.model, self.plan, self.engine.device)
         self._watch: _Stopwatch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.engine.name != "reference":  # the others hold threads, or what lies on a device
+            raise Error(f"a sampler on engine {self.engine.name!r} is neither pickled nor copied: make one in each process")
+        return self.__dict__
 
     def __call__(
         self,
@@ -209,7 +223,12 @@ class Sampler:
     def _labels(self, labels: Any) -> Tensor:
         null = self.model.null_label
         if isinstance(null, Tensor):
-            y = torch.as_tensor(labels)
+            try:
+                rows = isinstance(labels, (list, tuple)) and any(isinstance(row, Tensor) for row in labels)
+                y = torch.stack(list(labels)) if rows else torch.as_tensor(labels)
+            except (TypeError, ValueError, RuntimeError) as error:
+                want = f"labels must be embeddings [B, {', '.join(map(str, null.shape))}], or a list of B tensors of one shape"
+                raise Error(f"{want}: {error}") from None
             if y.ndim != null.ndim + 1 or y.shape[1:] != null.shape or not len(y):
                 raise Error(f"labels must be embeddings [B, {', '.join(map(str, null.shape))}], got {list(y.shape)}")
             return y
@@ -223,7 +242,9 @@ class Sampler:
         whole = array.astype(np.int64)
         if whole.view(np.uint64).max() > last:  # where a negative number is a large one
             wrong = array[(array < 0) | (array > last)]
-            raise Error(f"label {wrong[0]} is out of range: the model's labels are 0..{last}")
+            guessed = null == last + 1 and not isinstance(self.model.module, DiT)
+            note = f" (num_classes is null_label, {null}, unless given: pass num_classes= for more)" if guessed else ""
+            raise Error(f"label {wrong[0]} is out of range: the model's labels are 0..{last}{note}")
         return torch.from_numpy(whole)
 
     @property

@@ -15,17 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_whole
 
 Array = NDArray[np.float64]
+
+_CLEAN = "leave out the level without noise (with time_offset=1, if it was the model's t = 0)"
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The noise levels a model was trained on, as a table over training timesteps 0..T-1 (T-1 the noisiest).
 
-    name: one of `SCHEDULES`. alpha, sigma: float64 [T]. parameters: what rebuilds the table, for checkpoints.
-    time_offset: the model is given table index + time_offset as its t (1 for flow, whose t = T tau reaches T).
+    name: one of `SCHEDULES`, or any other for a table of one's own (`from_alpha_bar`). alpha, sigma: float64 [T], or what
+    becomes that. parameters: what rebuilds the table, for checkpoints. time_offset: the model is given table index +
+    time_offset as its t (1 for flow, whose t = T tau reaches T).
+    Raises Error unless alpha^2 + sigma^2 = 1 (alpha + sigma = 1 for "flow") to float32's accuracy and the noise only grows. The
+    last alpha may be 0 (zero terminal SNR, Lin et al. 2305.08891).
     """
 
     name: str
@@ -33,6 +38,35 @@ class Schedule:
     sigma: Array = field(repr=False)
     parameters: dict[str, Any]
     time_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "sigma"):
+            object.__setattr__(self, name, _numbers(f"schedule {self.name!r}: {name}", getattr(self, name)))
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        alpha, sigma, says = self.alpha, self.sigma, f"schedule {self.name!r}:"
+        if len(alpha) != len(sigma) or len(alpha) < 2:
+            raise Error(f"{says} alpha and sigma want one value a timestep, at least 2, got {len(alpha)} and {len(sigma)}")
+        if alpha.min() < 0:
+            raise Error(f"{says} alpha must be at least 0, got {alpha.min():g}")
+        if sigma.min() <= 0:
+            raise Error(f"{says} sigma must be above 0, got {sigma.min():g}: {_CLEAN}")
+        total, equation = (
+            (alpha + sigma, "alpha + sigma") if self.name == "flow" else (alpha**2 + sigma**2, "alpha^2 + sigma^2")
+        )
+        worst = np.abs(total - 1).argmax()
+        if abs(total[worst] - 1) > 1e-6:  # what float32 makes of a table
+            raise Error(
+                f"{says} {equation} must be 1, got {total[worst]:g} at timestep {worst}: from alpha_bar, which is alpha^2, "
+                "fastcfg.schedules.from_alpha_bar makes both"
+            )
+        rises = sigma[1:] * alpha[:-1] > sigma[:-1] * alpha[1:]  # of sigma / alpha, which may end at infinity
+        if not rises.all():
+            raise Error(
+                f"{says} sigma / alpha must rise from each timestep to the next, and does not after timestep {rises.argmin()}: "
+                "want the cleanest level first and the noisiest last"
+            )
 
     @property
     def T(self) -> int:
@@ -65,21 +99,45 @@ class Schedule:
             return 1.0 - sigma, sigma
         ratio = np.interp(index, grid, self.noise_ratio)
         alpha = 1.0 / np.sqrt(1.0 + ratio**2)
-        return alpha, ratio * alpha
+        return alpha, np.multiply(ratio, alpha, out=np.ones_like(alpha), where=np.isfinite(ratio))
 
     def to_json(self) -> dict[str, Any]:
         """What `schedule_from_json` needs to build this table again."""
         return {"name": self.name, **self.parameters}
 
 
-def _from_alpha_bar(name: str, alpha_bar: Array, parameters: dict[str, Any]) -> Schedule:
-    return Schedule(name, np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar), parameters)
+def _numbers(name: str, values: Any) -> Array:
+    """`values` as float64 [T], each finite; a copy, which nobody changes after the checks."""
+    try:
+        table = np.asarray(values, dtype=np.float64).copy()
+    except (TypeError, ValueError, RuntimeError):
+        raise Error(f"{name} must be numbers, one a training timestep, got {type(values).__name__}") from None
+    if table.ndim != 1 or not np.isfinite(table).all():
+        what = "values that are not finite" if table.ndim == 1 else f"shape {list(table.shape)}"
+        raise Error(f"{name} must be finite numbers [T], one a training timestep, got {what}")
+    return table
+
+
+def from_alpha_bar(alpha_bar: Sequence[float] | Array, *, time_offset: float = 0.0) -> Schedule:
+    """A schedule of one's own, with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
+
+    alpha_bar: the running product of 1 - beta (Ho et al. 2006.11239, eq. 4; diffusers' `alphas_cumprod`), [T], falling, in
+    [0, 1); only the last may be 0. time_offset: see `Schedule`. Raises Error for any other table.
+    """
+    name = "given alpha_bar"
+    table = _numbers(name, alpha_bar)
+    if table.size and not (table.min() >= 0 and table.max() < 1):
+        raise Error(
+            f"{name} must lie in [0, 1), got {table.min():g} to {table.max():g}" + (f": {_CLEAN}" if table.max() == 1 else "")
+        )
+    return Schedule(name, np.sqrt(table), np.sqrt(1.0 - table), {}, time_offset)
 
 
 def _from_betas(name: str, betas: Array, parameters: dict[str, Any]) -> Schedule:
     if not (np.all(betas > 0) and np.all(betas < 1)):
         raise Error(f"schedule '{name}': betas must lie in (0, 1), got {betas.min():g} to {betas.max():g}")
-    return _from_alpha_bar(name, np.cumprod(1.0 - betas, dtype=np.float64), parameters)
+    alpha_bar = np.cumprod(1.0 - betas, dtype=np.float64)
+    return Schedule(name, np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar), parameters)
 
 
 def linear(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Schedule:
@@ -129,9 +187,11 @@ def schedule(name: str | Schedule, **parameters: Any) -> Schedule:
         return name
     if name not in SCHEDULES:
         raise Error(f"unknown schedule {name!r}: known are {', '.join(SCHEDULES)}")
-    T = parameters.get("T", 1000)
-    if not isinstance(T, int) or isinstance(T, bool) or T < 2:
-        raise Error(f"schedule {name!r}: T must be a whole number of at least 2, got {T!r}")
+    asked = parameters.get("T", 1000)
+    if (T := as_whole(asked)) is None or T < 2:
+        raise Error(f"schedule {name!r}: T must be a whole number of at least 2, got {asked!r}")
+    if "T" in parameters:
+        parameters["T"] = T
     try:
         return SCHEDULES[name](**parameters)
     except (TypeError, OverflowError) as error:
@@ -212,8 +272,9 @@ def timesteps(
     fractional: keep "linspace" unrounded (the Euler convention); otherwise positions are whole.
     open_end: "leading" and "linspace" lay out steps + 1 points and leave out the last (diffusers' DPM-Solver convention).
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
-        raise Error(f"steps must be a whole number from 1 to the schedule's {T}, got {steps!r}")
+    asked, steps = steps, as_whole(steps) or 0
+    if not 1 <= steps <= T:
+        raise Error(f"steps must be a whole number from 1 to the schedule's {T}, got {asked!r}")
     if not isinstance(spacing, str):
         return _given_timesteps(spacing, T, steps, fractional)
     if spacing not in SPACINGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -54,6 +55,40 @@ class Foreign(torch.nn.Module):
         return x.new_zeros(len(x), self.out, *x.shape[2:])
 
 
+class Tables(torch.nn.Module):
+    """A module of tables: `times` rows for t, 11 for y."""
+
+    def __init__(self, times: int, swapped: bool = False):
+        super().__init__()
+        self.t, self.y, self.swapped = torch.nn.Embedding(times, 1), torch.nn.Embedding(11, 1), swapped
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        t, y = (y, t) if self.swapped else (t, y)
+        return x + (self.t(t) + self.y(y)).view(-1, 1, 1, 1)
+
+
+def tables(times: int = 1000, swapped: bool = False, **changes: object) -> Callable[[], object]:
+    return lambda: Sampler(Tables(times, swapped).eval(), **{"shape": (1, 8, 8), "null_label": 10, "steps": 2, **changes})
+
+
+class ByEmbedding(torch.nn.Module):
+    """A module whose y is an embedding [N, 2]."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y.sum(dim=1).view(-1, 1, 1, 1)
+
+
+def embedded(labels: object) -> Callable[[], object]:
+    return lambda: Sampler(ByEmbedding().eval(), shape=(1, 8, 8), null_label=torch.zeros(2), steps=2)(labels)
+
+
+def converted() -> object:
+    model = dit()
+    made = Sampler(model, steps=2, engine="reference")
+    model.double()
+    return made([0])
+
+
 def foreign(out: int = 1, **changes: object) -> Callable[[], object]:
     return lambda: Sampler(Foreign(out).eval(), **{"shape": (1, 8, 8), "null_label": 2, "steps": 2, **changes})
 
@@ -69,9 +104,17 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "labels a number": (call(3), ("labels", "[B]")),
     "labels ragged": (call([[0], [1, 2]]), ("labels", "[B]")),
     "labels text": (call(["cat"]), ("labels", "whole numbers")),
+    "labels ragged embeddings": (embedded([torch.zeros(2), torch.zeros(3)]), ("embeddings [B, 2]", "list of B tensors")),
+    "labels text for embeddings": (embedded(["cat"]), ("embeddings [B, 2]",)),
+    "labels beyond num_classes, which was null_label": (
+        lambda: tables(null_label=5)()([7]),  # type: ignore[operator]
+        ("label 7", "0..4", "pass num_classes="),
+    ),
     "labels boolean": (call([True]), ("labels", "bool")),
     # scale
     "scale below 1": (call([0], 0.5), ("0.5", "at least 1")),
+    "scale 0, unconditional": (call([0], 0), ("at least 1", "null label as label", "num_classes=null_label + 1")),
+    "w -1, unconditional": (call([0], w=-1), ("at least 0", "null label as label", "num_classes=null_label + 1")),
     "scale NaN": (call([0], float("nan")), ("nan", "finite")),
     "scale infinite": (call([0], float("inf")), ("inf", "finite")),
     "scale text": (call([0], "4"), ("scale", "'4'")),
@@ -157,12 +200,39 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "foreign without shape": (lambda: Sampler(Foreign(), null_label=2), ("shape=(C, H, W)",)),
     "foreign without null label": (lambda: Sampler(Foreign(), shape=(1, 8, 8)), ("null_label=",)),
     "foreign null label it lacks": (foreign(null_label=3), ("could not be called", "3")),
+    "foreign null label 0, classes not told": (foreign(null_label=0), ("null_label 0", "pass num_classes=")),
+    "foreign null label 0 as a tensor": (foreign(null_label=torch.tensor(0)), ("null_label 0", "pass num_classes=")),
+    "null label as a tensor, beyond the table": (lambda: sampler(null_label=torch.tensor(4)), ("null_label 4", "0..3")),
+    "null label a boolean tensor": (lambda: sampler(null_label=torch.tensor(True)), ("null_label", "True")),
+    "Denoiser that tells no classes": (
+        lambda: Sampler(fastcfg.Denoiser(Foreign().eval(), (1, 8, 8), 2, None)),
+        ("pass num_classes=",),
+    ),
+    "foreign(x, y, t)": (tables(swapped=True), ("Tables", "t = 999 (int64)", "y = 9")),
+    "foreign with 500 timesteps": (tables(500), ("t = 999 (int64)",)),
+    "foreign flow whose table lacks T": (
+        tables(schedule="flow", predicts="flow", solver="euler"),
+        ("t = 1000 (int64)",),
+    ),
+    "foreign told of classes that it lacks": (tables(num_classes=20), ("y = 19", "num_classes = 20")),
+    "foreign told so as a Denoiser": (
+        lambda: Sampler(fastcfg.Denoiser(Tables(1000).eval(), (1, 8, 8), 10, 20)),
+        ("y = 19", "num_classes = 20"),
+    ),
+    "foreign table of t, given fractions": (
+        tables(solver="euler", spacing="linspace", steps=5),
+        ("t = 999 (float32)",),
+    ),
     "foreign with other channels": (foreign(out=5), ("[1, 5, 8, 8]", "1 or 2 channels")),
     "training mode": (lambda: Sampler(dit().train(), steps=2)([0], 2.0), ("training mode", "eval()")),
     "foreign in training mode": (
         lambda: Sampler(Foreign(), shape=(1, 8, 8), null_label=2),
         ("training mode", "eval()"),
     ),
+    "model of another precision by now": (converted, ("torch.float64", "torch.float32", "sampler.refresh()")),
+    "sampler pickled": (lambda: pickle.dumps(sampler(engine="cpu")), ("'cpu'", "make one in each process")),
+    "sampler copied": (lambda: copy.deepcopy(sampler(engine="cpu")), ("'cpu'", "make one in each process")),
+    "foreign's sampler pickled": (lambda: pickle.dumps(foreign(engine="cpu")()), ("'cpu'", "make one in each process")),
     "plan of a schedule's name": (lambda: fastcfg.make_plan("linear", steps=2), ("'linear'", "fastcfg.schedule")),
     # predict
     "predict: t a number": (lambda: sampler().predict(torch.zeros(1, 1, 8, 8), 5, [0]), ("t [N]", "int")),

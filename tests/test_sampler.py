@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +10,7 @@ from torch import nn
 
 from fastcfg import Denoiser, DiT, Error, Sampler
 from fastcfg.engines.workers import one_thread
+from fastcfg.models.denoiser import as_denoiser
 from fastcfg.noise import INITIAL_STEP, normal
 
 CLASSES = 5
@@ -574,6 +577,86 @@ def test_a_dits_null_label_may_be_made_a_label():
     assert torch.equal(sampler.predict(x, t, [CLASSES, CLASSES]), sampler.predict(x, t, None))
     with pytest.raises(Error, match="label 5 is out of range"):
         sampler_of(small_dit(), num_classes=CLASSES)([CLASSES])
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor], ids=["numpy", "tensor"])
+def test_whole_numbers_may_be_any_librarys(number):
+    settings = {"null_label": CLASSES, "num_classes": CLASSES, "steps": 6, "batch": 2, "guidance_channels": 3}
+    plain = sampler_of(small_dit(), **settings)
+    sampler = sampler_of(small_dit(), **{name: number(value) for name, value in settings.items()})
+    assert torch.equal(sampler([1, 2, 3], 2.0), plain([1, 2, 3], 2.0))
+    kept = (sampler.model.null_label, sampler.model.num_classes, sampler.plan.steps, sampler.batch, sampler.guidance.channels)
+    assert kept == (CLASSES, CLASSES, 6, 2, 3)
+    assert {type(value) for value in kept} == {int}
+    foreign = sampler_of(Counting(small_dit()).eval(), null_label=number(CLASSES), shape=SHAPE)
+    assert (foreign.model.null_label, foreign.model.num_classes) == (CLASSES, CLASSES)
+
+
+class Unconditional(nn.Module):
+    """A DiT that is given the null label, whatever the label."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_dit()
+
+    def forward(self, x, t, y):
+        return self.inner(x, t, torch.full_like(y, CLASSES))
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_unconditional_samples_are_those_of_the_null_label(engine):
+    want = sampler_of(Unconditional().eval(), null_label=CLASSES, shape=SHAPE)([0, 1, 2], seeds=4)
+    sampler = sampler_of(small_dit(), num_classes=CLASSES + 1, engine=engine, dtype="fp32")
+    torch.testing.assert_close(sampler([CLASSES] * 3, seeds=4), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_foreign_module_is_tried_at_the_null_label_and_at_the_plans_first_t():
+    module = Counting(small_dit()).eval()
+    sampler_of(module, null_label=CLASSES, shape=SHAPE, solver="euler", spacing="linspace", steps=5)
+    assert [(call.rows, call.t.tolist(), call.t.dtype, call.y.tolist()) for call in module.calls] == [
+        (1, [0], torch.int64, [CLASSES]),
+        (1, [999.0], torch.float32, [CLASSES - 1]),
+    ]
+
+
+def test_embeddings_may_come_as_a_list():
+    settings = {"null_label": torch.tensor([0.5, -1.0, 2.0]), "shape": (2, 5, 5)}
+    sampler = sampler_of(ByEmbedding().eval(), **settings)
+    y = torch.randn(4, 3)
+    assert torch.equal(sampler(list(y), 3.0), sampler(y, 3.0))
+    assert torch.equal(sampler(y.tolist(), 3.0), sampler(y, 3.0))
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))], ids=["copied", "pickled"]
+)
+def test_a_sampler_over_the_reference_engine_is_copied_and_pickled(again):
+    sampler = sampler_of(small_dit())
+    assert torch.equal(again(sampler)([1, 2], 2.0), sampler([1, 2], 2.0))
+
+
+def test_a_module_of_another_precision_is_noticed():
+    model = small_dit()
+    sampler = sampler_of(model)
+    before = sampler([1, 2], 2.0)
+    model.double()
+    for call in (lambda: sampler([1, 2], 2.0), lambda: sampler.predict(torch.zeros(1, *SHAPE), torch.zeros(1), [1])):
+        with pytest.raises(Error, match=r"torch\.float64 on cpu since .* made for torch\.float32 .*sampler\.refresh\(\)"):
+            call()
+    sampler.refresh()
+    assert torch.equal(sampler([1, 2], 2.0), before)
+    model.float()
+    with pytest.raises(Error, match=r"sampler\.refresh\(\)"):  # the copy's source changed again
+        sampler([1, 2], 2.0)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+def test_a_wrapped_dit_is_sampled_as_the_dit_it_is(wrap):
+    model = small_dit()
+    sampler = Sampler(wrap(model), steps=4, device="cpu", dtype="fp32")
+    assert sampler.model.module is model
+    assert sampler.engine.name == "cpu"
+    assert isinstance(as_denoiser(wrap(Fixed(0.0)).eval(), null_label=1, shape=(1, 2, 2)).module, type(wrap(Fixed(0.0))))
 
 
 class OneLinear(nn.Module):

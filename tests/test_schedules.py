@@ -7,10 +7,11 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
-from fastcfg import Error, Schedule, schedule
-from fastcfg.schedules import SCHEDULES, schedule_from_json, stored_schedule, timesteps
+from fastcfg import Error, Schedule, make_plan, schedule
+from fastcfg.schedules import SCHEDULES, from_alpha_bar, schedule_from_json, stored_schedule, timesteps
 
 GOLDEN = Path(__file__).parent / "golden" / "dit_tiny.expected.safetensors"
 mpmath.mp.dps = 40
@@ -135,15 +136,15 @@ def test_json_round_trip(name, parameters):
     assert (again.sigma == made.sigma).all()
     assert parameters.items() <= made.to_json().items()
     assert schedule(made) is made
+    assert schedule_from_json(made.to_json() | {"T": np.int64(made.T)}).to_json() == made.to_json()
     assert stored_schedule(made) == made.to_json()
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"alpha": schedule("cosine").alpha}, "makes another table"),
-        ({"sigma": schedule("cosine").sigma}, "makes another table"),
-        ({"alpha": schedule("linear", T=999).alpha}, "makes another table"),
+        ({"alpha": schedule("cosine").alpha, "sigma": schedule("cosine").sigma}, "makes another table"),
+        ({"alpha": schedule("linear").alpha[:-1], "sigma": schedule("linear").sigma[:-1]}, "makes another table"),
         ({"time_offset": 1.0}, "makes another table"),
         ({"name": "mine"}, "'mine' cannot be stored.*known are linear"),
         ({"parameters": {"T": 1000, "betas": 3}}, "does not take these parameters"),
@@ -153,6 +154,88 @@ def test_json_round_trip(name, parameters):
 def test_a_schedule_that_its_parameters_do_not_make_is_not_stored(changes, says):
     with pytest.raises(Error, match=says):
         stored_schedule(replace(schedule("linear"), **changes))
+
+
+ALPHA, SIGMA = schedule("linear").alpha, schedule("linear").sigma
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sigma", "says"),
+    [
+        (np.append(1.0, ALPHA), np.append(0.0, SIGMA), r"sigma must be above 0, got 0: .*time_offset=1"),
+        (ALPHA**2, SIGMA, r"alpha\^2 \+ sigma\^2 must be 1, got 0\.75 at .*from_alpha_bar"),
+        (
+            ALPHA[::-1],
+            SIGMA[::-1],
+            "must rise from each timestep to the next, and does not after timestep 0: .*cleanest level first",
+        ),
+        (ALPHA[[0, 1, 1, 2]], SIGMA[[0, 1, 1, 2]], "does not after timestep 1"),
+        (np.append(ALPHA, [0.0, 0.0]), np.append(SIGMA, [1.0, 1.0]), "does not after timestep 1000"),
+        (-ALPHA, SIGMA, "alpha must be at least 0, got -0.99995"),
+        (ALPHA[:-1], SIGMA, "one value a timestep, at least 2, got 999 and 1000"),
+        (ALPHA[:1], SIGMA[:1], "at least 2, got 1 and 1"),
+        (ALPHA, SIGMA[:, None], r"sigma must be finite numbers \[T\].* got shape \[1000, 1\]"),
+        (np.where(ALPHA < 0.5, np.nan, ALPHA), SIGMA, "alpha must be finite numbers .* got values that are not finite"),
+        ("cosine", SIGMA, "alpha must be numbers, one a training timestep, got str"),
+        (None, SIGMA, "alpha must be finite numbers"),
+    ],
+)
+def test_a_table_that_is_no_schedule_is_refused(alpha, sigma, says):
+    with pytest.raises(Error, match=f"schedule 'mine': .*{says}"):
+        Schedule("mine", alpha, sigma, {})
+
+
+def test_a_flow_schedule_is_a_straight_path():
+    tau = np.linspace(0.1, 1.0, 10) ** 2
+    assert Schedule("flow", 1 - tau, tau, {}).T == 10
+    with pytest.raises(Error, match=r"schedule 'flow': alpha \+ sigma must be 1, got 1\.4"):
+        Schedule("flow", ALPHA, SIGMA, {})
+
+
+@pytest.mark.parametrize("form", [list, np.float32, torch.from_numpy])
+def test_a_table_of_ones_own_is_kept_as_float64(form):
+    made = Schedule("mine", form(ALPHA), form(SIGMA), {})
+    assert made.alpha.dtype == made.sigma.dtype == np.float64
+    np.testing.assert_allclose(made.alpha, ALPHA, rtol=1e-7 if form is np.float32 else 0)
+    given = from_alpha_bar(form(ALPHA**2))
+    np.testing.assert_allclose(given.noise_ratio, schedule("linear").noise_ratio, rtol=1e-3 if form is np.float32 else 1e-11)
+
+
+def test_from_alpha_bar_makes_both_tables():
+    table = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+    assert (from_alpha_bar(table).alpha == ALPHA).all()
+    assert (from_alpha_bar(table).sigma == SIGMA).all()
+    later = make_plan(from_alpha_bar(table, time_offset=1), steps=10)
+    assert later.timesteps.tolist() == (make_plan(schedule("linear"), steps=10).timesteps + 1).tolist()
+    assert "over given alpha_bar, T = 1000" in later.title
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ([1.0, 0.9, 0.5], r"must lie in \[0, 1\), got 0.5 to 1: .*time_offset=1"),
+        ([0.9, -0.1], r"must lie in \[0, 1\), got -0.1 to 0.9$"),
+        ([0.1, 0.5, 0.9], "cleanest level first"),
+        ([], "at least 2, got 0"),
+        (0.5, r"got shape \[\]"),
+        ([0.9, "a"], "must be numbers"),
+    ],
+)
+def test_a_bad_alpha_bar_is_refused(table, says):
+    with pytest.raises(Error, match=f"given alpha_bar.*{says}"):
+        from_alpha_bar(table)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("predicts", ["v", "x0"])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m", "euler"])
+def test_zero_terminal_snr_is_sampled_from(solver, spacing, predicts):
+    rescaled = (ALPHA - ALPHA[-1]) * ALPHA[0] / (ALPHA[0] - ALPHA[-1])  # Lin et al. 2305.08891, algorithm 1
+    made = make_plan(from_alpha_bar(rescaled**2), steps=7, solver=solver, spacing=spacing, predicts=predicts)
+    assert (made.alpha[0], made.sigma[0]) == (0, 1)
+    for column in (made.rows.c_x, made.rows.c_out, made.rows.c_noise, made.rows.c_prev):
+        assert np.isfinite(column).all()
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ class ReferenceEngine:
             raise Error("engine 'reference' computes in floating point, got dtype 'int8': engines cpu and openvino have it")
         self.model, self.plan, self.device = model, plan, device
         self.dtype = model.dtype if dtype is None else dtype
-        self._converted = model.device != device or model.dtype != self.dtype
         self.refresh()
 
     def refresh(self) -> None:
         source = self.model.module
+        self._converted = not self._fits()
         self._module = copy.deepcopy(source).to(self.device, self.dtype) if self._converted else source
         self._fingerprint = fingerprint(source)
 
@@ -123,3 +123,12 @@ class ReferenceEngine:
         refuse_training(self._module)
         if self._converted:
             refuse_stale(self.model.module, self._fingerprint)
+        elif not self._fits():
+            raise Error(
+                f"the model is {self.model.dtype} on {self.model.device} since its sampler was made for {self.dtype} on "
+                f"{self.device}: call sampler.refresh(), which then samples a copy as it was, or make a new sampler"
+            )
+
+    def _fits(self) -> bool:
+        """Whether the module itself has the dtype and device asked for."""
+        return self.model.device == self.device and self.model.dtype == self.dtype

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_whole
 from fastcfg.models.dit import DiT
 from fastcfg.models.weights import refuse_training
 from fastcfg.schedules import Schedule, linear
@@ -68,8 +68,8 @@ def as_denoiser(
     """`model` as a Denoiser. For a Denoiser or our DiT all is known, and the arguments override; any other module is
     read as far as its `config` tells (diffusers), and tried once on one row, so that what does not fit is said here.
     """
-    if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1):
-        raise Error(f"num_classes must be a whole number of at least 1, got {num_classes!r}")
+    null_label, num_classes = _whole_null_label(null_label), _whole_count(num_classes)
+    model = _dit_within(model)
     if isinstance(model, Denoiser):
         known = model
     elif isinstance(model, DiT):
@@ -86,10 +86,23 @@ def as_denoiser(
         "shape": _checked_shape(known.shape if shape is None else shape),
     }
     described = replace(known, **{name: value for name, value in changes.items() if value is not None})
-    _check_labels(described)
+    described = _checked_labels(described)
     if described.shape != tuple(known.shape):
         raise Error(f"shape {described.shape} asked, but the model's samples are {known.shape} (C, H, W)")
     return described if isinstance(model, (Denoiser, DiT)) else _probe(described)
+
+
+def _dit_within(model: nn.Module | Denoiser) -> nn.Module | Denoiser:
+    """Our DiT where torch.compile or data parallelism has wrapped it, since the engines run it faster themselves."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if isinstance(inner, DiT):
+            return inner
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        else:
+            inner = inner._modules.get("_orig_mod")  # of torch.compile's wrapper, whose class takes a second to import
+    return model
 
 
 def describe_dit(model: DiT, **others: Any) -> Denoiser:
@@ -122,6 +135,8 @@ def _describe_foreign(
     if null_label is None:
         raise Error(f"{type(module).__name__} does not say which label means 'no condition': pass null_label=")
     if num_classes is None and isinstance(null_label, int):
+        if null_label == 0:
+            raise Error("null_label 0 does not tell how many labels there are: pass num_classes= (labels are 0..num_classes-1)")
         num_classes = null_label
     return Denoiser(module=module, shape=_checked_shape(shape), null_label=null_label, num_classes=num_classes)
 
@@ -136,37 +151,67 @@ def _checked_shape(shape: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _check_labels(model: Denoiser) -> None:
-    null, count = model.null_label, model.num_classes
-    if null is not None and not isinstance(null, Tensor) and (isinstance(null, bool) or not isinstance(null, int) or null < 0):
+def _whole_null_label(null: Any) -> int | Tensor | None:
+    """An embedding as it is, and any library's whole number as an int."""
+    if null is None or (isinstance(null, Tensor) and (null.ndim or null.is_floating_point())):
+        return null
+    whole = as_whole(null)
+    if whole is None or whole < 0:
         raise Error(f"null_label must be a whole number of at least 0 or a tensor, got {null!r}")
+    return whole
+
+
+def _whole_count(count: Any) -> int | None:
+    whole = as_whole(count)
+    if count is not None and (whole is None or whole < 1):
+        raise Error(f"num_classes must be a whole number of at least 1, got {count!r}")
+    return whole
+
+
+def _checked_labels(model: Denoiser) -> Denoiser:
+    null, count = _whole_null_label(model.null_label), _whole_count(model.num_classes)
+    if count is None and not isinstance(null, Tensor):
+        raise Error("the model does not tell how many labels there are: pass num_classes= (labels are 0..num_classes-1)")
     if isinstance(model.module, DiT):
         rows = model.module.y_embedder.embedding_table.num_embeddings
         if isinstance(null, int) and null >= rows:
             raise Error(f"null_label {null} asked, but the model's label table has rows 0..{rows - 1}")
         if count is not None and count > rows:  # one more than its classes lets the null label be asked for
             raise Error(f"num_classes {count} asked, but the model's label table has rows 0..{rows - 1}")
+    return replace(model, null_label=null, num_classes=count)
 
 
-@torch.no_grad()
-def _probe(model: Denoiser) -> Denoiser:
-    """Tries the module on one row of zeros with the null label; learns from its output whether it has variance channels."""
+def try_module(model: Denoiser, t: Tensor, label: int | None = None) -> Any:
+    """What the module makes of one row of zeros at t [1], with this label (None: the null label), on its own device.
+
+    Raises Error, which says what was tried, for whatever the module raises, and for one in training mode.
+    """
     refuse_training(model.module)  # whose normalisations would keep statistics of the zeros
     x = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
-    t = torch.zeros(1, dtype=torch.int64, device=model.device)
-    null = torch.as_tensor(model.null_label, device=model.device)[None]
+    y = torch.as_tensor(model.null_label if label is None else label, device=model.device)[None]
+    y = y.to(model.dtype) if y.is_floating_point() else y
     try:
-        output = call_module(model.module, x, t, null)
+        with torch.no_grad():
+            return call_module(model.module, x, t.to(model.device), y)
     except Exception as error:  # any module, any failure: what matters is that it came before the work
+        what = f"null label {model.null_label if y.ndim == 1 else list(y.shape)}"
+        if label is not None:
+            what = f"{label}, the last of num_classes = {model.num_classes} labels"
+        line = (str(error).splitlines() or [""])[0]
         raise Error(
-            f"{type(model.module).__name__} could not be called as module(x {list(x.shape)}, t [1], y = null label "
-            f"{model.null_label if isinstance(model.null_label, int) else list(null.shape)}): {error}"
+            f"{type(model.module).__name__} could not be called as module(x {list(x.shape)}, t = {t.item():g} "
+            f"({str(t.dtype).removeprefix('torch.')}), y = {what}): {line or type(error).__name__}"
         ) from error
+
+
+def _probe(model: Denoiser) -> Denoiser:
+    """Tries the module with the null label; learns from its output whether it has variance channels."""
+    output = try_module(model, torch.zeros(1, dtype=torch.int64))
     if not isinstance(output, Tensor):
         raise Error(f"{type(model.module).__name__} must return a tensor or have one as .sample, got {type(output).__name__}")
     channels, *size = model.shape
     if list(output.shape[2:]) != size or output.shape[1] not in (channels, 2 * channels):
         raise Error(
-            f"the module turned x {list(x.shape)} into {list(output.shape)}: want {channels} or {2 * channels} channels"
+            f"the module turned x {[1, *model.shape]} into {list(output.shape)}: want {channels} or {2 * channels} channels"
         )
     return replace(model, learned_variance=output.shape[1] == 2 * channels)
