@@ -167,6 +167,9 @@ def infer_config(state: Mapping[str, Tensor], source: str) -> DiTConfig:
 def _load_diffusers(path: Path) -> Denoiser:
     """A folder with a DiTTransformer2DModel, or a pipeline's with it under `transformer` and its scheduler's config."""
     folder = path / "transformer" if is_dir(path / "transformer") else path
+    ours = path / "model.safetensors"
+    if is_file(ours) and not is_file(folder / "config.json"):
+        raise Error(f"{path} is no diffusers folder, since it has no config.json: name the model in it, {ours}")
     config = _read_json(folder / "config.json")
     if config.get("_class_name") != "DiTTransformer2DModel":
         raise Error(f"{folder} holds a {config.get('_class_name')}: want a DiTTransformer2DModel")

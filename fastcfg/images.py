@@ -52,12 +52,15 @@ def decode(latents: Tensor, vae: Any, batch: int = 8) -> Tensor:
     return torch.cat(parts)
 
 
-def save_npz(path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> None:
-    """The layout of ADM's sample files: arr_0 uint8 [N, H, W, C], arr_1 int64 [N]."""
+def save_npz(
+    path: Path, images: NDArray[np.uint8], labels: NDArray[np.int64], scales: NDArray[np.float32] | None = None
+) -> None:
+    """The layout of ADM's sample files: arr_0 uint8 [N, H, W, C], arr_1 int64 [N]; and arr_2, the scales [N], where given."""
+    arrays = {"arr_0": images, "arr_1": labels} | ({} if scales is None else {"arr_2": scales})
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:  # an open file keeps numpy from adding a suffix
-            np.savez(file, arr_0=images, arr_1=labels)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     write_file(path, write)
 

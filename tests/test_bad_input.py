@@ -304,6 +304,12 @@ def _pickle(folder: Path) -> Path:
     return _written(folder / "planted.pt", pickle.dumps({"model": Planted(folder / "mark")}))
 
 
+def _run_folder(folder: Path) -> Path:
+    (folder / "run").mkdir()
+    fastcfg.save(fastcfg.models.denoiser.describe_dit(dit()), folder / "run" / "model.safetensors")
+    return folder / "run"
+
+
 FILES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "truncated safetensors": (_truncated, ("not a whole safetensors",)),
     "empty safetensors": (lambda d: _written(d / "x.safetensors", b""), ("not a whole safetensors",)),
@@ -316,6 +322,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "text as pt": (lambda d: _written(d / "x.pt", b"hello, world"), ("x.pt",)),
     "another suffix": (lambda d: _written(d / "x.onnx", b"hello"), (".safetensors", ".pt")),
     "folder without config": (lambda d: d, ("config.json",)),
+    "folder of a training run": (_run_folder, ("no config.json", "name the model in it", "/run/model.safetensors")),
 }
 
 
@@ -400,6 +407,14 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "golden file missing": (["verify", "{dir}/a.safetensors", "{dir}/b.safetensors"], ("no file",)),
     "training data missing": (["train", "{dir}/none", "--out", "{dir}/run"], ("none",)),
     "threads": (["train", "{dir}/data.npz", "--threads", "0", "--out", "{dir}/run"], ("--threads",)),
+    "batch beyond the data": (
+        ["train", "{dir}/data.npz", "--batch", "5", "--images", "5", "--out", "{dir}/run"],
+        ("batch 5", "4 images"),
+    ),
+    "held-out images": (
+        ["train-classifier", "{dir}/data.npz", "--validation", "2", "--batch", "3", "--images", "3", "--out", "{dir}/run"],
+        ("batch 3", "2 images to train on"),
+    ),
     "geometry timestep": (["plot", "geometry", "--timestep", "1000", "--out", "{dir}/x.png"], ("1000", "0..999")),
 }
 

@@ -43,6 +43,18 @@ def test_sample_writes_the_adm_layout_in_the_order_of_labels(tmp_path: Path) -> 
     assert np.array_equal(images, to_uint8(again))
 
 
+def test_sample_says_which_scale_a_row_of_an_npz_has(tmp_path: Path) -> None:
+    out = tmp_path / "x.npz"
+    run("sample", "--labels", "3,7", "--scale", "1,2.5", "--steps", 2, "--out", out)
+    with np.load(out) as archive:
+        images, labels, scales = (archive[name] for name in ("arr_0", "arr_1", "arr_2"))
+    assert labels.tolist() == [3, 3, 7, 7]
+    assert scales.tolist() == [1, 2.5, 1, 2.5]
+    assert scales.dtype == np.float32  # as in a job's export
+    sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=2)
+    assert np.array_equal(images, to_uint8(sampler(labels.tolist(), scales.tolist(), 0, indices=[0, 0, 1, 1])))
+
+
 def test_scales_share_the_noise_of_their_label(tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     run("sample", "--labels", "3,7", "--scale", "1,4", "--steps", 3, "--seed", 5, "--out", out)
@@ -172,3 +184,31 @@ def test_geometry_is_drawn_from_the_model(tmp_path: Path) -> None:
     assert -1 < cosine < 1
     with Image.open(out) as image:
         assert min(image.size) > 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"predicts": "v"}, "predicts v"),
+        ({"predicts": "flow", "schedule": "flow"}, "predicts flow"),
+        ({"null_label": None}, "no null label"),
+    ],
+)
+def test_geometry_of_a_model_without_it_is_refused_before_the_sampling(
+    changes: dict[str, object], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = fastcfg.DiT(
+        input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3, learn_sigma=False,
+        class_dropout_prob=0.0 if "null_label" in changes else 0.1,
+    ).eval()  # fmt: skip
+    others = {name: value for name, value in changes.items() if name != "null_label"}
+    if "schedule" in others:
+        others["schedule"] = fastcfg.schedule(str(others["schedule"]))
+    fastcfg.save(describe_dit(module, **others), tmp_path / "x.safetensors")
+    monkeypatch.setattr(fastcfg.Sampler, "__call__", lambda *_, **__: pytest.fail("it sampled"))
+    arguments = ("plot", "geometry", "--checkpoint", tmp_path / "x.safetensors", "--label", 1, "--out", tmp_path / "x.png")
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert f"{tmp_path / 'x.safetensors'} " in result.output
+    assert says in result.output
+    assert not (tmp_path / "x.png").exists()

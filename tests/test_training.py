@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import json
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import fastcfg
 from fastcfg.cli import main
-from fastcfg.files import read_safetensors
+from fastcfg.files import read_safetensors, write_safetensors
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.data import load_data
 from fastcfg.training.loop import Trainer, prediction_target, read_log
@@ -180,6 +181,76 @@ def test_another_run_is_not_continued(data: Path, tmp_path: Path) -> None:
     trainer(data, tmp_path / "run").save()
     with pytest.raises(fastcfg.Error, match=r"lr was 0\.002, now 0\.1"):
         trainer(data, tmp_path / "run", lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kept: {"images": kept["images"] ^ (np.arange(64) == 5)[:, None, None]},
+        lambda kept: {"labels": kept["labels"] ^ (np.arange(64) == 5)},
+        lambda kept: {"label_names": np.array(["dark", "bright", "green"])},
+    ],
+    ids=["image", "label", "class"],
+)
+def test_other_data_of_the_same_size_are_not_gone_on_with(
+    change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], data: Path, tmp_path: Path
+) -> None:
+    trainer(data, tmp_path / "run").save()
+    with np.load(data) as archive:
+        kept = dict(archive)
+    np.savez(data, **(kept | change(kept)))
+    with pytest.raises(fastcfg.Error, match=r"another run \(data_sha256 was '.{16}', now '.{16}'\)"):
+        trainer(data, tmp_path / "run")
+    np.savez(data, **kept)
+    trainer(data, tmp_path / "run")
+
+
+def test_a_run_that_does_not_know_its_data_goes_on_and_says_so(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As runs begun before states named their data; from the next save on it is known."""
+    run = trainer(data, tmp_path / "run")
+    run.step = 3
+    run.save()
+    tensors, metadata = read_safetensors(run.state_path)
+    config = json.loads(metadata["config"])
+    del config["data_sha256"]
+    write_safetensors(run.state_path, tensors, {**metadata, "config": json.dumps(config)})
+    again = trainer(data, tmp_path / "run")
+    assert again.step == 3
+    assert f"note: {run.state_path} does not say which data its run had" in capsys.readouterr().err
+    again.save()
+    trainer(data, tmp_path / "run")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_batch_beyond_the_data_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(fastcfg.Error, match="batch 65 asked, but there are 64 images"):
+        trainer(data, tmp_path / "run", batch=65)
+    run = trainer(data, tmp_path / "run", batch=64)
+    run.run()
+    assert [len(run.batch(step)[0]) for step in range(run.step)] == [64, 64]
+    assert read_log(run.log_path)[-1]["images"] == "128"
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (np.arange(64) % 10 + 1, "note: 1 of 11 classes have no image, and cannot be learnt: 0 (labels"),
+        (
+            np.arange(64) % 10 * 10,
+            "note: 81 of 91 classes have no image, and cannot be learnt: 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, ..",
+        ),
+        (np.arange(64) % 10, None),
+    ],
+)
+def test_classes_without_an_image_are_named(labels: np.ndarray, says: str | None, data: Path, tmp_path: Path) -> None:
+    with np.load(data) as archive:
+        np.savez(data, images=archive["images"], labels=labels)
+    result = CliRunner().invoke(main, flags(tmp_path, images=8))
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.output.splitlines() if line.startswith("note: ")]
+    assert said == [] if says is None else said[0].startswith(says), result.output
 
 
 @pytest.mark.usefixtures("data")

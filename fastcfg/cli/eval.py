@@ -19,7 +19,7 @@ from fastcfg.devices import find_device
 @click.argument("reference")
 @click.option("--features", required=True, help="fashion-cnn, or a path: TorchScript .pt, Inception .safetensors or .pth.")
 @click.option("--metrics", default=None, help=f"Of {', '.join(m.METRICS)}. [default: all that the inputs allow]")
-@click.option("--scale", default=None, type=float, help="Which samples of a job with several guidance scales.")
+@click.option("--scale", default=None, type=float, help="Which of SAMPLES, where they have several guidance scales.")
 @click.option("--bootstrap", default=None, type=int, help="Resamples; 0 for none. [default: 100; 20 above 512 features]")
 @click.option("--seed", default=m.SEED, show_default=True, help="Of subsets, splits and resamples.")
 @click.option("--device", default="auto", show_default=True, help="Where the feature network runs: auto, cpu, cuda, ...")
@@ -37,9 +37,9 @@ def command(
 ) -> None:
     """Judges SAMPLES against REFERENCE: Frechet distance, KID, inception score, precision and recall, and more.
 
-    SAMPLES: an .npz (arr_0 uint8 [N, H, W, C], arr_1 labels), a job's folder, a folder of images, or a folder of IDX files as
-    FOLDER:test or FOLDER:train. REFERENCE: the same, or an .npz of statistics (mu, sigma). A TorchScript file runs the code
-    that it holds: name only files that you trust.
+    SAMPLES: an .npz (arr_0 uint8 [N, H, W, C], arr_1 labels, arr_2 scales), a job's folder, a folder of images, or a folder of
+    IDX files as FOLDER:test or FOLDER:train. REFERENCE: the same, or an .npz of statistics (mu, sigma); it is not read where
+    --metrics names none that needs it. A TorchScript file runs the code that it holds: name only files that you trust.
 
     \b
     fastcfg eval samples.npz /usr/share/datasets/fashion-mnist:test --features fashion-cnn
@@ -50,9 +50,11 @@ def command(
     network = m.load_network(features, find_device(device))
     expected = m.preview(network, images)
     m.check(expected, None, names, bootstrap, seed)
-    with tqdm(desc="reference", unit="image", file=sys.stderr, delay=1) as bar:
-        other = m.open_reference(reference, network, on_batch=bar.update)
-    m.check(expected, other, names, bootstrap, seed)
+    other = None
+    if names is None or not set(names) <= set(m.WITHOUT_REFERENCE):
+        with tqdm(desc="reference", unit="image", file=sys.stderr, delay=1) as bar:
+            other = m.open_reference(reference, network, on_batch=bar.update)
+        m.check(expected, other, names, bootstrap, seed)
     with tqdm(desc="samples", total=images.count, unit="image", file=sys.stderr) as bar:
         own = m.extract(network, images, on_batch=bar.update)
     figures = m.evaluate(own, other, names, bootstrap=bootstrap, seed=seed)
@@ -61,7 +63,7 @@ def command(
     if as_json:
         described = {
             "samples": {"path": samples, "scale": scale, "count": len(own)},
-            "reference": {"path": reference, "count": other.count},
+            "reference": {"path": reference, "count": None if other is None else other.count},
             "features": {"network": network.name, "fingerprint": network.fingerprint, "width": width},
             "seed": seed,
             "figures": {figure.name: _numbers(figure) for figure in figures},
@@ -69,12 +71,13 @@ def command(
         }
         click.echo(json.dumps(described, indent=1))
         return
-    click.echo(f"{samples} against {reference}, seen through {network.name} ({width} features)\n")
+    against = "" if other is None else f" against {reference}"
+    click.echo(f"{samples}{against}, seen through {network.name} ({width} features)\n")
     for line in _table(figures):
         click.echo(line)
     for name, reason in left_out.items():
         click.echo(f"{name} is left out: it {reason}")
-    if len(own) <= width:
+    if len(own) <= width and any(figure.name == "frechet_distance" for figure in figures):
         click.echo(f"{len(own)} samples do not fill {width} features: the Frechet distance is far too large, take more samples")
 
 

@@ -42,6 +42,10 @@ def geometry(
     check_writable(path)
     scales = parse_numbers(scale, "--scale", float)
     model = load(checkpoint)
+    if model.predicts != "eps":
+        raise Error(f"the picture is of eps predictions, but {checkpoint} predicts {model.predicts}: name a model of eps")
+    if model.null_label is None:
+        raise Error(f"the picture is of eps_null, but {checkpoint} has no null label: name a model trained with label dropout")
     sampler = Sampler(model, steps=25, batch=1)
     if data is None:
         x0 = sampler([label], 1.0, seed)[0].cpu()

@@ -27,7 +27,7 @@ from fastcfg.sampler import Sampler
 @click.option("--w", default=None, help="The paper's w = s - 1, instead of --scale.")
 @click.option("--seed", default=0, show_default=True, help="Sample i of a seed is the same in any run.")
 @click.option("--vae", default=None, type=Path, help="Folder of a diffusers AutoencoderKL that decodes latents.")
-@click.option("--out", required=True, help="x.png, x.npz (ADM layout: arr_0, arr_1) or x.safetensors.")
+@click.option("--out", required=True, help="x.png, x.npz (ADM layout: arr_0, arr_1; of several scales arr_2) or x.safetensors.")
 def command(
     labels: str,
     count: int | None,
@@ -97,7 +97,9 @@ def _write_pixels(
 ) -> None:
     images = to_uint8(pixels)
     if path.suffix == ".npz":
-        save_npz(path, images, torch.tensor(wanted).repeat_interleave(len(scales)).numpy())
+        labels = torch.tensor(wanted).repeat_interleave(len(scales)).numpy()
+        several = torch.tensor(scales).repeat(len(wanted)).numpy() if len(scales) > 1 else None
+        save_npz(path, images, labels, several)
         return
     names = [_name(sampler.model, label) for label in wanted]
     title = f"{sampler.plan.steps} steps of {sampler.plan.solver}, seed {seed}"

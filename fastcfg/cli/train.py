@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastcfg.cli.training import prepare, run_options
+from fastcfg.cli.training import make_folder, prepare, run_options
 from fastcfg.training.config import TrainConfig
 
 _HELP = {
@@ -38,8 +38,9 @@ def command(data: Path, out: Path, threads: int | None, **options: Any) -> None:
     from fastcfg.training.report import report
 
     config = TrainConfig(**options)
-    images = prepare(data, out, threads)
+    images = prepare(data, threads)
     trainer = Trainer(config, images, out)
+    make_folder(out)
     click.echo(f"{len(images.images)} images, {images.num_classes} classes, steps {trainer.step} to {config.steps}", err=True)
     trainer.run(on_sample=report)
     click.echo(f"{out / 'model.safetensors'}")

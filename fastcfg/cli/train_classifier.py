@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fastcfg.cli.training import prepare, run_options
+from fastcfg.cli.training import make_folder, prepare, run_options
 from fastcfg.training.config import TrainClassifierConfig
 
 _HELP = {
@@ -33,7 +33,8 @@ def command(data: Path, out: Path, threads: int | None, **options: Any) -> None:
     from fastcfg.training.classifier import ClassifierTrainer  # what only training needs comes late
 
     config = TrainClassifierConfig(**options)
-    trainer = ClassifierTrainer(config, prepare(data, out, threads), out)
+    trainer = ClassifierTrainer(config, prepare(data, threads), out)
+    make_folder(out)
     click.echo(
         f"{len(trainer.data.images)} images, {len(trainer.held.images)} held out, {trainer.data.num_classes} classes, "
         f"steps {trainer.step} to {config.steps}",

@@ -15,6 +15,8 @@ from fastcfg.files import check_writable
 from fastcfg.training.config import RunConfig
 from fastcfg.training.data import ImageData, load_data
 
+NAMED = 10  # empty classes, of which there may be many
+
 _HELP = {
     "schedule": "Noise schedule: cosine, linear, scaled_linear, log_snr_cosine, flow.",
     "images": "Training images to show in all.",
@@ -51,16 +53,27 @@ def run_options(config: type[RunConfig], own_help: dict[str, str]) -> Callable[.
     return decorate
 
 
-def prepare(data: Path, out: Path, threads: int | None) -> ImageData:
-    """Reads DATA, makes the folder of the run and sets the number of threads."""
+def prepare(data: Path, threads: int | None) -> ImageData:
+    """Reads DATA, says which of its classes are empty, and sets the number of threads."""
     images = load_data(data)
     if threads is not None:
         if threads < 1:
             raise Error(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
+    if empty := images.empty_classes:
+        names = ", ".join(empty[:NAMED]) + (", .." if len(empty) > NAMED else "")
+        click.echo(
+            f"note: {len(empty)} of {images.num_classes} classes have no image, and cannot be learnt: {names} "
+            "(labels count from 0)",
+            err=True,
+        )
+    return images
+
+
+def make_folder(out: Path) -> None:
+    """The folder of a run, once all else is known to be right."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Error(f"cannot make the folder {out}: {error.strerror}") from error
     check_writable(out / "state.safetensors")
-    return images

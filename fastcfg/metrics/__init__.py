@@ -12,7 +12,7 @@ for figure in metrics.evaluate(samples, reference):
 from fastcfg.metrics.accuracy import class_accuracy
 from fastcfg.metrics.arrays import CONFIDENCE, SEED, Estimate
 from fastcfg.metrics.features import Features, Reference, extract, open_reference, preview, reference_of
-from fastcfg.metrics.figures import METRICS, Figure, check, evaluate, unavailable
+from fastcfg.metrics.figures import METRICS, WITHOUT_REFERENCE, Figure, check, evaluate, unavailable
 from fastcfg.metrics.frechet import Moments, frechet_distance, frechet_error, moments
 from fastcfg.metrics.kernel import kid, mmd2
 from fastcfg.metrics.neighbours import Manifold, manifold
@@ -25,6 +25,7 @@ __all__ = [
     "CONFIDENCE",
     "METRICS",
     "SEED",
+    "WITHOUT_REFERENCE",
     "Estimate",
     "FeatureNetwork",
     "Features",

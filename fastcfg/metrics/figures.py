@@ -19,6 +19,7 @@ from fastcfg.metrics.score import SPLITS, inception_score, inception_score_error
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
 METRICS = ("frechet_distance", "kid", "inception_score", *MANIFOLD, "class_accuracy")
+WITHOUT_REFERENCE = ("inception_score", "class_accuracy")  # figures of the samples alone
 WIDE = 512  # features, above which a resample of the Frechet distance is no matter of milliseconds
 
 
@@ -34,7 +35,7 @@ class Figure:
 
 def evaluate(
     samples: Features,
-    reference: Reference,
+    reference: Reference | None,
     metrics: Sequence[str] | None = None,
     *,
     bootstrap: int | None = None,
@@ -44,9 +45,12 @@ def evaluate(
 
     bootstrap: resamples for the errors of the Frechet distance and the inception score, 0 for none (their error is NaN then);
     unless given, 100, or 20 where the features are wide (an error is then sure to 7 % or 16 % of itself). All that is random
-    follows `seed`. Raises Error before any work, as `check` does.
+    follows `seed`. A reference of None will do for those in `WITHOUT_REFERENCE`. Raises Error before any work, as `check` does.
     """
     wanted = check(samples, reference, metrics, bootstrap, seed)
+    lacking = [name for name in wanted if reference is None and name not in WITHOUT_REFERENCE]
+    if lacking:
+        raise Error(f"{', '.join(lacking)} cannot be had without a reference: give one, or name metrics that take none")
     width = samples.values.shape[1]
     count = bootstrap if bootstrap is not None else 100 if width <= WIDE else 20
     if not np.isfinite(samples.values).all():
@@ -118,17 +122,18 @@ def _lacking_pair(count: int, reference: Reference | None) -> dict[str, str]:
     return {name: f"needs at least {n} samples on either side, got {pair}" for name, n in least.items() if pair < n}
 
 
-def _figures(name: str, samples: Features, reference: Reference, bootstrap: int, seed: int) -> dict[str, Figure]:
+def _figures(name: str, samples: Features, reference: Reference | None, bootstrap: int, seed: int) -> dict[str, Figure]:
     """The figure called `name`, and those that come with it at no cost."""
-    x, n, other = samples.values, len(samples), reference.count
-    if name == "frechet_distance":
-        error = frechet_error(x, reference.moments, bootstrap, seed) if bootstrap else math.nan
-        return {name: Figure(name, Estimate(frechet_distance(x, reference.moments), error), n, other)}
+    x, n = samples.values, len(samples)
     if name == "inception_score" and samples.logits is not None:
         error = inception_score_error(samples.logits, resamples=bootstrap, seed=seed) if bootstrap else math.nan
         return {name: Figure(name, Estimate(inception_score(samples.logits, seed=seed), error), n, 0)}
     if name == "class_accuracy" and samples.logits is not None and samples.labels is not None:
         return {name: Figure(name, class_accuracy(samples.logits, samples.labels), n, 0)}
+    assert reference is not None, name  # `evaluate` has seen to it
+    if name == "frechet_distance":
+        error = frechet_error(x, reference.moments, bootstrap, seed) if bootstrap else math.nan
+        return {name: Figure(name, Estimate(frechet_distance(x, reference.moments), error), n, reference.count)}
     assert reference.features is not None, name  # `unavailable` has seen to it
     if name == "kid":
         size = min(SUBSET_SIZE, n, len(reference.features))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
 import zipfile
@@ -42,6 +43,19 @@ class ImageData:
     @property
     def num_classes(self) -> int:
         return len(self.label_names)
+
+    @property
+    def empty_classes(self) -> tuple[str, ...]:
+        """The names of those without an image."""
+        counts = np.bincount(self.labels, minlength=self.num_classes)
+        return tuple(self.label_names[label] for label in np.flatnonzero(counts == 0))
+
+    def sha256(self) -> str:
+        """Of images, labels and the number of classes; the first 16 digits, which tell one data set from another."""
+        digest = hashlib.sha256(repr((self.images.shape, self.num_classes)).encode())
+        for array in (self.labels, self.images):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
 
 def hold_out(data: ImageData, count: int, seed: int) -> tuple[ImageData, ImageData]:

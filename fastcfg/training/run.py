@@ -22,7 +22,7 @@ from fastcfg.files import is_file, write_file
 from fastcfg.schedules import schedule
 from fastcfg.training.config import RunConfig
 from fastcfg.training.data import ImageData
-from fastcfg.training.state import load_state, save_state
+from fastcfg.training.state import DATA_SHA256, load_state, save_state
 
 LOG_FIELDS = ("step", "images", "loss", "lr", "images_per_second")
 
@@ -45,6 +45,12 @@ class Run(ABC, Generic[Model]):
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        if self.config.batch > len(self.data.images):
+            raise Error(
+                f"train: batch {self.config.batch} asked, but there are {len(self.data.images)} images to train on: "
+                f"a step shows each at most once, so take a batch of {len(self.data.images)} or fewer"
+            )
+        self._data_sha256 = self.data.sha256()  # once: _identity is asked for at each save
         torch.manual_seed(self.config.seed)
         self.model: Model = self._make_model()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -122,7 +128,7 @@ class Run(ABC, Generic[Model]):
 
     def _draw(self, step: int) -> tuple[Tensor, torch.Generator]:
         """(which images a step shows, every one once an epoch; a generator for what else is drawn in it)."""
-        per_epoch = max(1, len(self._images) // self.config.batch)
+        per_epoch = len(self._images) // self.config.batch
         epoch, position = divmod(step, per_epoch)
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self._images), generator=shuffle)
@@ -160,7 +166,8 @@ class Run(ABC, Generic[Model]):
         """What must be the same for a run to go on: all settings but how often it saves and with which arithmetic."""
         free = {"save_every", "sample_every", "dtype", "compile"}
         return {k: v for k, v in self.config.to_json().items() if k not in free} | {
-            "data": [len(self._images), *self.data.images.shape[1:]]
+            "data": [len(self._images), *self.data.images.shape[1:]],
+            DATA_SHA256: self._data_sha256,
         }
 
     def _choose_arithmetic(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fastcfg.errors import Error
 from fastcfg.files import read_safetensors, write_safetensors
+
+DATA_SHA256 = "data_sha256"  # what a run's config names the content of its data by
 
 
 def save_state(
@@ -37,13 +40,19 @@ def load_state(
     modules: dict[str, torch.nn.Module],
     optimizers: list[torch.optim.Optimizer],
 ) -> int:
-    """Fills modules and optimizers from `path` and returns the step to go on with; refuses another run's state."""
+    """Fills modules and optimizers from `path` and returns the step to go on with; refuses another run's state.
+
+    A state from before data were known by their content goes on with what is given, and says so.
+    """
     tensors, metadata = read_safetensors(path)
     stored = json.loads(metadata.get("config", "{}"))
-    different = {k: (stored.get(k), v) for k, v in config.items() if stored.get(k) != v}
+    unknown = {DATA_SHA256} - stored.keys()
+    different = {k: (stored.get(k), v) for k, v in config.items() if k not in unknown and stored.get(k) != v}
     if different:
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in different.items())
-        raise Error(f"{path} belongs to another run ({changes}): use another --out, or the same settings to go on")
+        raise Error(f"{path} belongs to another run ({changes}): use another --out, or the same settings and data to go on")
+    if unknown:
+        print(f"note: {path} does not say which data its run had: going on with those given", file=sys.stderr)
     for group, module in modules.items():
         prefix = f"{group}/"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

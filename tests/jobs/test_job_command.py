@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from crashing import Start, unit_hashes
@@ -35,6 +38,18 @@ def test_help_has_an_example(command: str) -> None:
     result = invoke("job", command, "--help")
     assert result.exit_code == 0
     assert f"fastcfg job {command} " in result.output
+
+
+def test_example_in_python_does_as_it_stands(tiny_spec_path: Path, tmp_path: Path) -> None:
+    """docs/jobs.md's, in a process that has imported nothing; a tiny job in the place of its own."""
+    document = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.S)
+    code = code.replace('"spec.toml"', repr(str(tiny_spec_path))).replace("scale=1.5", "scale=3.0")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "7 of 7 units, 40 of 40 images in runs/50k\n"
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert len(archive["arr_0"]) == 20
 
 
 def test_status_of_a_job_under_way_and_of_none(done: Path, tmp_path: Path) -> None:

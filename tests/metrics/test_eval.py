@@ -96,6 +96,8 @@ def test_impossible_requests_are_refused() -> None:
     samples = judged()
     with pytest.raises(Error, match="unknown metric 'fid': known are frechet_distance, kid"):
         m.evaluate(samples, reference(), ["fid"])
+    with pytest.raises(Error, match=r"^frechet_distance, kid, .*coverage cannot be had without a reference"):
+        m.evaluate(judged(), None)
     with pytest.raises(Error, match="one width, got 6 and 9"):
         m.evaluate(samples, reference(width=9))
     with pytest.raises(Error, match="at least 2, got 1"):
@@ -128,6 +130,24 @@ def test_command_prints_a_row_a_figure(tmp_path: Path) -> None:
     assert rows["recall"][-2:] == ["24", "30"]
     assert rows["class accuracy"][-2:] == ["24", "-"]
     assert "24 samples do not fill 128 features" in lines[-1]
+
+
+def test_command_reads_no_reference_for_figures_that_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = grey(tmp_path, "a.npz", 24), grey(tmp_path, "b.npz", 30)
+    monkeypatch.setattr(m, "open_reference", lambda *_, **__: pytest.fail("it read the reference"))
+    lines = run(a, b, "--features", "fashion-cnn", "--metrics", "class_accuracy,inception_score", "--bootstrap", 0).splitlines()
+    assert lines[0] == f"{a}, seen through fashion-cnn (128 features)"
+    assert [line.split()[-2:] for line in lines[3:]] == [["24", "-"], ["24", "-"]], "or a word on a figure not asked for"
+    data = json.loads(run(a, b, "--features", "fashion-cnn", "--metrics", "class_accuracy", "--json"))
+    assert data["reference"] == {"path": str(b), "count": None}
+
+
+def test_command_judges_one_of_several_scales(tmp_path: Path) -> None:
+    a, b = grey(tmp_path, "a.npz", 24), grey(tmp_path, "b.npz", 30)
+    with np.load(a) as archive:
+        np.savez(tmp_path / "s.npz", **archive, arr_2=np.arange(24) % 4 + 1)
+    told = json.loads(run(tmp_path / "s.npz", b, "--features", "fashion-cnn", "--scale", 3, "--bootstrap", 0, "--json"))
+    assert told["samples"] == {"path": str(tmp_path / "s.npz"), "scale": 3, "count": 6}
 
 
 def test_command_says_the_same_in_json(tmp_path: Path) -> None:
@@ -167,6 +187,9 @@ REFUSED = {
     "negative bootstrap": ("{a} {b} --features fashion-cnn --bootstrap -3", "got -3"),
     "seed": ("{a} {b} --features fashion-cnn --seed -1", "seed of a metric must be 0 to 2^32 - 1, got -1"),
     "scale of an npz": ("{a} {b} --features fashion-cnn --scale 2", "--scale picks samples of a job"),
+    "scale of a split": ("{dir}:test {b} --features fashion-cnn --scale 2", "--scale picks samples of a job"),
+    "several scales": ("{scales} {b} --features fashion-cnn", "scales 1, 3: pick one with --scale"),
+    "scale that is none": ("{scales} {b} --features fashion-cnn --scale 2", "no samples at scale 2, only at 1, 3"),
     "device": ("{a} {b} --features fashion-cnn --device abacus", "'abacus'"),
 }
 
@@ -178,6 +201,12 @@ def test_command_exits_2_and_writes_nothing(case: str, tmp_path: Path) -> None:
     for name, width in (("wide", 128), ("narrow", 5)):
         names[name] = tmp_path / f"{name}.npz"
         np.savez(names[name], mu=np.zeros(width), sigma=np.eye(width))
+    names["scales"] = tmp_path / "scales.npz"
+    np.savez(names["scales"], arr_0=np.zeros((4, 28, 28, 1), np.uint8), arr_2=[1.0, 3.0] * 2)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(
+        bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 784)
+    )
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2]) + bytes(2))
     before = sorted(tmp_path.rglob("*"))
     line, message = REFUSED[case]
     result = CliRunner().invoke(main, ["eval", *line.format(**names).split()])

@@ -91,6 +91,8 @@ def test_bad_npz_is_refused(tmp_path: Path) -> None:
         saved("flat.npz", arr_0=np.zeros((2, 5), np.uint8)): r"got uint8 \[2, 5\]",
         saved("labels.npz", arr_0=pictures(), arr_1=np.arange(6)): r"whole numbers \[7\], got int64 \[6\]",
         saved("float-labels.npz", arr_0=pictures(), arr_1=np.zeros(7)): "got float64",
+        saved("scales.npz", arr_0=pictures(), arr_2=np.ones(6)): r"arr_2 must be scales, numbers \[7\], got float64 \[6\]",
+        saved("text-scales.npz", arr_0=pictures(), arr_2=np.array(["a"] * 7)): r"got <U1 \[7\]",
     }
     for path, message in cases.items():
         with pytest.raises(Error, match=message):
@@ -154,11 +156,15 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
         everything(open_images(tmp_path))
 
 
+def _idx(folder: Path, prefix: str, n: int) -> None:
+    pixels = np.full((n, 5, 5), n, np.uint8)
+    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">2xBB3I", 8, 3, n, 5, 5) + pixels.tobytes())
+    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2xBBI", 8, 1, n) + bytes(range(n)))
+
+
 def test_idx_files_by_split(tmp_path: Path) -> None:
     for prefix, n in (("train", 4), ("t10k", 3)):
-        pixels = np.full((n, 5, 5), n, np.uint8)
-        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">2xBB3I", 8, 3, n, 5, 5) + pixels.tobytes())
-        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2xBBI", 8, 1, n) + bytes(range(n)))
+        _idx(tmp_path, prefix, n)
     test = open_images(f"{tmp_path}:test")
     assert everything(test).tolist() == np.full((3, 5, 5, 1), 3).tolist()
     assert test.labels.tolist() == [0, 1, 2]
@@ -197,10 +203,52 @@ def test_job_needs_a_scale_that_it_has(job: Path) -> None:
         open_images(job, 2.0)
 
 
+@pytest.mark.parametrize("format", ["adm-npz", "png"])
+def test_export_of_a_job_is_judged_by_scale_as_the_job_is(format: str, job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz" if format == "adm-npz" else tmp_path / "out"
+    fastcfg.jobs.export.export(job, format, out, progress=False)
+    for scale in (1.0, 2.5):
+        found, wanted = open_images(out, scale), open_images(job, scale)
+        assert found.count == 3
+        assert np.array_equal(found.labels, wanted.labels)
+        assert np.array_equal(everything(found, batch=2), everything(wanted, batch=2))
+        assert found.sha256() == wanted.sha256()
+    with pytest.raises(Error, match=r"scales 1, 2\.5: pick one with --scale"):
+        open_images(out)
+    with pytest.raises(Error, match=r"no samples at scale 2, only at 1, 2\.5"):
+        open_images(out, 2.0)
+
+
+def test_npz_by_scale_comes_in_full_batches(tmp_path: Path) -> None:
+    """Few of the rows, here and there: as many at once as are asked for, in order."""
+    images, scales = pictures(40), np.random.default_rng(0).choice([1.0, 1.5, 3.0], 40)
+    np.savez(tmp_path / "x.npz", images, np.arange(40), scales)
+    found = open_images(tmp_path / "x.npz", 1.5)
+    assert np.array_equal(everything(found, batch=4), images[scales == 1.5])
+    assert found.labels.tolist() == np.flatnonzero(scales == 1.5).tolist()
+
+
+def test_one_scale_need_not_be_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", pictures(), np.arange(7), np.full(7, 3))
+    assert np.array_equal(everything(open_images(tmp_path / "x.npz")), pictures())
+    assert open_images(tmp_path / "x.npz", 3.0).count == 7
+
+
+def test_images_beside_folders_of_scales_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "scale-1.5" / "3").mkdir(parents=True)
+    for path in ("scale-1.5/3/0.png", "stray.png"):
+        Image.fromarray(pictures()[0]).save(tmp_path / path)
+    with pytest.raises(Error, match=r"in scale-S folders, and others, such as .*/stray\.png"):
+        open_images(tmp_path)
+
+
 def test_scale_of_anything_else_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", pictures())
-    with pytest.raises(Error, match="--scale picks samples of a job's folder"):
-        open_images(tmp_path / "x.npz", 2.0)
+    _idx(tmp_path, "t10k", 3)
+    Image.fromarray(pictures()[0]).save(tmp_path / "x.png")
+    for where in (tmp_path / "x.npz", tmp_path, f"{tmp_path}:test"):
+        with pytest.raises(Error, match=f"--scale picks samples of a job's folder, .* and {where} is none"):
+            open_images(where, 2.0)
 
 
 def test_sha256_is_that_of_the_pixels_wherever_they_are(tmp_path: Path) -> None:
