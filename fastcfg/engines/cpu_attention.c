@@ -17,13 +17,13 @@ INLINE void weigh(float *s, long stride, long queries, long T, float factor, flo
     for (long m = 0; m < queries; m++) {
         floats most = all(-INFINITY);
         for (long k = 0; k < T; k += LANES)
-            most = larger(only(load(s, m * stride + k, LANES, 0), count(T - k), -INFINITY), most);
+            most = larger(only(load(s, m * stride + k, LANES, FLOAT32), count(T - k), -INFINITY), most);
         highest[m] = largest(most);
     }
     for (long m = 0; m < queries; m++) {
         floats total = {0};
         for (long k = 0; k < T; k += LANES) {
-            floats weight = power((only(load(s, m * stride + k, LANES, 0), count(T - k), -INFINITY) - highest[m]) * factor);
+            floats weight = power((only(load(s, m * stride + k, LANES, FLOAT32), count(T - k), -INFINITY) - highest[m]) * factor);
             total += weight;
             store(s + m * stride, k, LANES, weight, kind);
         }
@@ -52,7 +52,7 @@ INLINE void pair(const float *first, const float *second, long d, uint32_t *to) 
 /* Columns of LANES rows of LANES values, `step` apart, as rows that are `stride` apart. */
 INLINE void transpose(const float *from, long step, float *to, long stride) {
     floats rows[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) rows[i] = load(from, i * step, LANES, 0);
+    UNROLL for (int i = 0; i < LANES; i++) rows[i] = load(from, i * step, LANES, FLOAT32);
 #ifdef __AVX512F__
     __m512 pairs[16], fours[16], eights[16];
     UNROLL for (int i = 0; i < 16; i += 2) {
@@ -71,8 +71,8 @@ INLINE void transpose(const float *from, long step, float *to, long stride) {
     UNROLL for (int j = 0; j < 8; j++) {
         floats even = (floats)_mm512_shuffle_f32x4(eights[j], eights[8 + j], 0x88);
         floats odd = (floats)_mm512_shuffle_f32x4(eights[j], eights[8 + j], 0xdd);
-        store(to, j * stride, LANES, even, 0);
-        store(to, (8 + j) * stride, LANES, odd, 0);
+        store(to, j * stride, LANES, even, FLOAT32);
+        store(to, (8 + j) * stride, LANES, odd, FLOAT32);
     }
 #else
     for (int i = 0; i < LANES; i++)
@@ -122,7 +122,7 @@ static void attend_head(const void *qkv, void *out, float *scratch, long r, long
         for (long m = 0; m < rows; m++)
             for (long i = 0; i < d; i += LANES) {
                 int n = count(d - i);
-                floats value = load(result, m * wide + i, n, 0) * weights[m];
+                floats value = load(result, m * wide + i, n, FLOAT32) * weights[m];
                 store(out, (r * T + t + m) * D + head * d + i, n, value, to_kind);
             }
     }

@@ -33,7 +33,7 @@ INLINE ints modulate(const void *x, long at, const float *shift, const float *sc
     for (long d = 0; d < D; d += LANES) {
         int n = count(D - d);
         floats normal = (load(x, at + d, n, kind) - mean) * factor;
-        floats value = normal * (1.0f + load(scale, d, n, 0)) + load(shift, d, n, 0);
+        floats value = normal * (1.0f + load(scale, d, n, FLOAT32)) + load(shift, d, n, FLOAT32);
         store(out, to + d, n, value, to_kind);
         most = larger_magnitude(only(value, n, 0), most);
     }
@@ -53,7 +53,8 @@ INLINE void adaln(const void *x, const float *table, const int32_t *index, void 
     for (long i = 0; i < n; i++) factor[i] = factor_of(x, at[i], D, mean[i], eps, kind);
     for (long i = 0; i < n; i++) {
         const float *line = table + index[(m + i) / T] * width;
-        most[i] = modulate(x, at[i], line + shift_column, line + scale_column, out, (m + i) * D, D, mean[i], factor[i], kind, to_kind);
+        most[i] = modulate(x, at[i], line + shift_column, line + scale_column, out, (m + i) * D, D, mean[i], factor[i], kind,
+                           to_kind);
     }
 }
 
@@ -78,7 +79,7 @@ void fastcfg_gate(const void *y, const void *residual, const float *table, const
             long in = (r % sources * T + t) * D, to = (r * T + t) * D;
             for (long d = 0; d < D; d += LANES) {
                 int n = count(D - d);
-                floats value = load(line, d, n, 0) * load(y, to + d, n, kind);
+                floats value = load(line, d, n, FLOAT32) * load(y, to + d, n, kind);
                 store(out, to + d, n, load(residual, in + d, n, kind) + value, kind);
             }
         }
@@ -116,15 +117,15 @@ INLINE void hidden_token(const float *y, float *scale, const float *bias, float 
     ints most = {0};
     for (long k = 0; k < K; k += LANES) {
         int n = count(K - k);
-        floats value = load(y, k, n, 0);
-        if (bias) value = value * *scale + load(bias, k, n, 0);
+        floats value = load(y, k, n, FLOAT32);
+        if (bias) value = value * *scale + load(bias, k, n, FLOAT32);
         value = gelu(value);
         most = larger_magnitude(value, most);
-        store(token, k, n, value, 0);
+        store(token, k, n, value, FLOAT32);
     }
     float s = largest_magnitude(most);
     *scale = s / 127;
-    quantise_token(token, 0, s, whole, K, 0);
+    quantise_token(token, 0, s, whole, K, FLOAT32);
 }
 
 /* Where a layer's result joins the stream: residual + gate v, as in fastcfg_gate; without a residual, v. */
@@ -143,9 +144,9 @@ INLINE void stream_token(const Stream *to, long m, const float *y, float scale, 
     const float *gate = to->residual ? to->table + to->index[r] * to->width + to->column : 0;
     for (long d = 0; d < D; d += LANES) {
         int n = count(D - d);
-        floats value = load(y, d, n, 0);
-        if (bias) value = value * scale + load(bias, d, n, 0);
-        if (gate) value = load(to->residual, in + d, n, to->kind) + load(gate, d, n, 0) * value;
+        floats value = load(y, d, n, FLOAT32);
+        if (bias) value = value * scale + load(bias, d, n, FLOAT32);
+        if (gate) value = load(to->residual, in + d, n, to->kind) + load(gate, d, n, FLOAT32) * value;
         store(to->out, m * D + d, n, value, to->kind);
     }
 }

@@ -33,7 +33,7 @@ typedef struct {
 INLINE long filled(long N) { return (N + COLUMNS - 1) / COLUMNS * COLUMNS; }
 INLINE long fours(long K) { return (K + 3) / 4 * 4; }
 INLINE long pitch(long kind, long K) { return kind == INT8 ? fours(K) : kind == BFLOAT16 ? (K + 1) / 2 * 2 : K; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
+INLINE long larger_of(long a, long b) { return a > b ? a : b; }
 
 #ifdef __AVX512VNNI__
 #define HAS_INT8 1
@@ -58,8 +58,8 @@ INLINE void whole_tile(const uint8_t *whole, const float *scale, const Layer *la
         }
     }
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < REGISTERS; j++) {
-        floats value = __builtin_convertvector(sums[m][j], floats) * load(layer->scale, n + j * LANES, LANES, 0);
-        store(y, m * stride + j * LANES, LANES, value * scale[m] + load(layer->bias, n + j * LANES, LANES, 0), 0);
+        floats value = __builtin_convertvector(sums[m][j], floats) * load(layer->scale, n + j * LANES, LANES, FLOAT32);
+        store(y, m * stride + j * LANES, LANES, value * scale[m] + load(layer->bias, n + j * LANES, LANES, FLOAT32), FLOAT32);
     }
 }
 
@@ -167,7 +167,7 @@ static long lay_out(const Network *net, long R, long threads, float *start, long
     long M = R * net->T, D = net->D, largest_y = fastcfg_layer_scratch(&net->last), used = 0;
     for (const Block *block = net->blocks; block < net->blocks + net->depth; block++) {
         const Layer *layers[] = {&block->qkv, &block->proj, &block->fc1, &block->fc2};
-        for (int l = 0; l < 4; l++) largest_y = most(largest_y, fastcfg_layer_scratch(layers[l]));
+        for (int l = 0; l < 4; l++) largest_y = larger_of(largest_y, fastcfg_layer_scratch(layers[l]));
     }
 #define SHARED(name, type, floats) to->name = (type *)(start + used), used += up(floats)
     SHARED(stream, float, M * D);
@@ -214,7 +214,7 @@ typedef struct {
 } Team;
 
 #define PART_TOKENS 400 /* of whole rows that are computed together: more would leave the caches */
-#define SPINS 4000 /* of a few hundred microseconds: what a leader needs between two steps, and less than it takes to wake */
+#define SPINS 4000 /* pauses, of 10 to 140 cycles: what a leader needs between two steps, and less than it takes to wake */
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()
 #elif defined(__aarch64__)
@@ -250,12 +250,12 @@ static void meet(Team *team, long members) {
 /* adaLN of x [sources, T, D] for a layer to read: of the table, the two columns from `column` on. */
 INLINE void condition(const Job *job, const float *x, long sources, long column, float eps, const Layer *layer,
                       const Tokens *out, Range some) {
-    int to = layer->kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
+    int kind = layer->kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
     long T = job->net->T, D = job->net->D, width = job->net->width;
     for (long m = some.begin, n; m < some.end; m += n) {
         n = some.end - m < TOGETHER ? some.end - m : TOGETHER;
         ints most[TOGETHER];
-        adaln(x, job->table, job->index, out->values, most, m, n, sources, T, D, width, column, column + D, eps, FLOAT32, to);
+        adaln(x, job->table, job->index, out->values, most, m, n, sources, T, D, width, column, column + D, eps, FLOAT32, kind);
         for (long i = m; i < m + n && layer->kind == INT8; i++) {
             float s = largest_magnitude(most[i - m]);
             out->scale[i] = s / 127;
@@ -292,30 +292,30 @@ static void work(const Job *job, Team *team, long rank, long members, long place
     if (team) some = share(R * T, rank, members), heads = share(R * net->heads, rank, members);
     Tokens normed = {s.normed, s.whole, s.scale}, hidden = {s.hidden, (uint8_t *)s.hidden, s.scale};
     const float *x = job->tokens;
-    int to = net->blocks->qkv.kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
-    for (long m = some.begin; m < some.end && to == BFLOAT16 && net->H % 2; m++)
+    int kind = net->blocks->qkv.kind == BFLOAT16 ? BFLOAT16 : FLOAT32;
+    for (long m = some.begin; m < some.end && kind == BFLOAT16 && net->H % 2; m++)
         ((uint16_t *)s.hidden)[m * (net->H + 1) + net->H] = 0; /* what fills up a token, and nothing writes to */
     for (const Block *block = net->blocks; block < net->blocks + net->depth; block++, column += 6 * D) {
-        Stream plain = {0, 0, 0, s.qkv, R, T, 3 * D, 0, 0, 0};
+        Stream plain = {0, 0, 0, s.qkv, R, T, 3 * D, 0, 0, FLOAT32};
         condition(job, x, sources, column, block->eps1, &block->qkv, &normed, some);
         run_layer(&block->qkv, &normed, 0, &plain, s.y, some);
         meet(team, members);
         for (long h = heads.begin; h < heads.end; h++)
-            attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, FLOAT32, to);
+            attend_head(s.qkv, s.normed, s.attention, h / net->heads, h % net->heads, T, net->heads, D / net->heads, FLOAT32, kind);
         meet(team, members);
         if (block->proj.kind == INT8)
             quantise((float *)s.normed + some.begin * D, s.whole + some.begin * fours(D), fours(D), s.scale + some.begin,
-                     some.end - some.begin, D, 0);
-        Stream joined = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 2 * D, 0};
+                     some.end - some.begin, D, FLOAT32);
+        Stream joined = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 2 * D, FLOAT32};
         run_layer(&block->proj, &normed, 0, &joined, s.y, some);
         x = s.stream;
         sources = R;
         condition(job, x, sources, column + 3 * D, block->eps2, &block->fc1, &normed, some);
         run_layer(&block->fc1, &normed, &hidden, 0, s.y, some);
-        Stream again = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 5 * D, 0};
+        Stream again = {x, job->table, job->index, s.stream, sources, T, D, net->width, column + 5 * D, FLOAT32};
         run_layer(&block->fc2, &hidden, 0, &again, s.y, some);
     }
-    Stream end = {0, 0, 0, s.patches, R, T, net->last.N, 0, 0, 0};
+    Stream end = {0, 0, 0, s.patches, R, T, net->last.N, 0, 0, FLOAT32};
     Tokens wide = {s.wide, 0, 0};
     condition(job, x, sources, column, net->last_eps, &net->last, &wide, some);
     run_layer(&net->last, &wide, 0, &end, s.y, some);
@@ -414,7 +414,8 @@ void fastcfg_embed(const Network *net, const double *x, float *tokens, long B) {
                     double value = x[((m / T * C + c) * side * p + i * p + a) * side * p + j * p + b];
                     for (long d = 0; d < D; d += LANES) {
                         int n = count(D - d);
-                        store(token, d, n, MULTIPLY_ADD(all((float)value), load(weight, d, n, 0), load(token, d, n, 0)), 0);
+                        floats before = load(token, d, n, FLOAT32);
+                        store(token, d, n, MULTIPLY_ADD(all((float)value), load(weight, d, n, FLOAT32), before), FLOAT32);
                     }
                 }
     }
@@ -449,7 +450,7 @@ void fastcfg_loop(const Loop *loop, Team *team, long expected) {
         for (long b = 0; b < B; b++) loop->index[b] = (int32_t)i;
         const float *noise = loop->noise && loop->coef[9 * i + 6] != 0 ? loop->noise + (i - loop->first) * B * C * S : 0;
         fastcfg_guided_step(loop->out, loop->x, loop->history, noise, loop->coef, loop->scale, loop->index, halves, B, C,
-                            net->outputs, S, loop->channels, (int)loop->clip, 0);
+                            net->outputs, S, loop->channels, (int)loop->clip, FLOAT32);
     }
 }
 

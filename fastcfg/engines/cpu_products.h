@@ -10,10 +10,10 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
                  const float *start, long apart, const float *ahead) {
     floats sums[ROWS][REGISTERS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
-        sums[m][j] = start ? load(start, m * apart + j * LANES, LANES, 0) : all(0);
+        sums[m][j] = start ? load(start, m * apart + j * LANES, LANES, FLOAT32) : all(0);
     for (long k = 0; k < K; k++) {
         floats columns[REGISTERS];
-        UNROLL for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, 0);
+        UNROLL for (int j = 0; j < registers; j++) columns[j] = load(B, k * ldb + j * LANES, LANES, FLOAT32);
         if (ahead) {
             UNROLL for (int j = 0; j < registers; j++) __builtin_prefetch(ahead + k * ldb + j * LANES, 0, 2);
         }
@@ -23,7 +23,7 @@ INLINE void tile(const float *A, long lda, const float *B, long ldb, float *C, l
         }
     }
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int j = 0; j < registers; j++)
-        store(C, m * ldc + j * LANES, LANES, sums[m][j], 0);
+        store(C, m * ldc + j * LANES, LANES, sums[m][j], FLOAT32);
 }
 
 /* tile of bfloat16 that comes in pairs of k, which are in a word in B: A [rows, lda], lda even, B [pairs, ldb]. */
