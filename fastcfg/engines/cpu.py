@@ -193,7 +193,9 @@ class CpuEngine:
 
     def _choices(self, measured: bool) -> tuple[str, ...]:
         """What was chosen for this machine, and what it lacks."""
-        notes = [f"dtype {NAMES[self.dtype]} was the faster here"] if measured and has_bf16() else []
+        count = self._workers.count
+        notes = [f"{count} worker thread{'s' * (count > 1)}"]
+        notes += [f"dtype {NAMES[self.dtype]} was the faster here"] if measured and has_bf16() else []
         if not has_bf16():
             notes.append("this CPU has no bf16 products")
         if not has_packed_products(torch.float32):
