@@ -17,7 +17,7 @@ def test_killed_runs_end_as_one_that_was_not(
     start: Start, write_spec: Callable[..., Path], tmp_path: Path, workers: int
 ) -> None:
     # 180 units, more than the runs to be killed can write, even should each go on for a few while its kill is on the way
-    spec = write_spec(count=1080, steps=40, unit_size=12)
+    spec = write_spec(count=1080, steps=120, unit_size=12)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert start(["job", "run", str(spec), "--out", str(whole)]).wait() == 0
     written = sorted(path.stat().st_mtime for path in (whole / "units").iterdir())
