@@ -157,7 +157,7 @@ def _tune(session: Session, launch: Launch) -> Entry | None:
             session.report.row(launch.name, own[1] / default[1], unit, shape=shape, dtype=case.out.dtype, times=own)
     choice = _chosen(session, tiles, times)
     if choice != DEFAULT:
-        tiles = [tiles[0], *(tiles[n] for n in dict.fromkeys(choice))]
+        tiles = [tiles[n] for n in dict.fromkeys((0, *choice))]
         times = _times(session, launch, tiles)
         choice = _chosen(session, tiles, times)
     if choice == DEFAULT:
