@@ -231,6 +231,8 @@ class Sampler:
                 raise Error(f"{want}: {error}") from None
             if y.ndim != null.ndim + 1 or y.shape[1:] != null.shape or not len(y):
                 raise Error(f"labels must be embeddings [B, {', '.join(map(str, null.shape))}], got {list(y.shape)}")
+            if y.is_floating_point() != null.is_floating_point():
+                raise Error(f"labels must be of the null label's kind, {null.dtype}, got {y.dtype}")
             return y
         try:
             array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)

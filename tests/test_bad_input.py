@@ -106,6 +106,7 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "labels text": (call(["cat"]), ("labels", "whole numbers")),
     "labels ragged embeddings": (embedded([torch.zeros(2), torch.zeros(3)]), ("embeddings [B, 2]", "list of B tensors")),
     "labels text for embeddings": (embedded(["cat"]), ("embeddings [B, 2]",)),
+    "labels whole numbers for embeddings": (embedded([[1, 2]]), ("the null label's kind", "float32", "int64")),
     "labels beyond num_classes, which was null_label": (
         lambda: tables(null_label=5)()([7]),  # type: ignore[operator]
         ("label 7", "0..4", "pass num_classes="),

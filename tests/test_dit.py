@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +42,11 @@ def test_golden_forward(golden: Golden) -> None:
     computed, expected = forwards(golden.model.module, golden), official(golden)
     for one, want in zip(computed, expected, strict=True):
         assert (one - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_numpys_whole_numbers_make_a_config_that_can_be_stored() -> None:
+    given = {name: np.int64(value) for name, value in TINY.items()}
+    assert DiTConfig.from_json(json.loads(json.dumps(DiTConfig(**given).to_json()))) == DiTConfig(**TINY)
 
 
 # Million parameters in the paper's table 1 (patch 2), and how many of ours are fixed rather than trained there.

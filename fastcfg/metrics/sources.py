@@ -108,7 +108,8 @@ def _rows(where: str | Path, scales: NDArray[np.floating] | None, count: int, sc
         return np.arange(count)
     known = sorted(set(scales.tolist()))
     if scale is None and len(known) > 1:
-        raise Error(f"{where} has samples at the scales {_listed(known)}: pick one with --scale")
+        only = "those of SAMPLES; for a REFERENCE, export one scale"
+        raise Error(f"{where} has samples at the scales {_listed(known)}: pick one with --scale ({only})")
     rows = np.arange(count) if scale is None else np.flatnonzero(scales == np.float32(scale))
     if scale is not None and not len(rows):
         raise Error(f"{where} has no samples at scale {scale:g}, only at {_listed(known)}")

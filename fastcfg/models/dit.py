@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_whole
 
 CPU = torch.device("cpu")
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features in every official DiT
@@ -50,8 +50,10 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            whole = as_whole(value)
+            if whole is None or whole < 1:
                 raise Error(f"DiT: {name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole)  # one of NumPy's could not be written into a checkpoint
         if self.input_size % self.patch_size:
             raise Error(f"DiT: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:

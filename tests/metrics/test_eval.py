@@ -189,6 +189,7 @@ REFUSED = {
     "scale of an npz": ("{a} {b} --features fashion-cnn --scale 2", "--scale picks samples of a job"),
     "scale of a split": ("{dir}:test {b} --features fashion-cnn --scale 2", "--scale picks samples of a job"),
     "several scales": ("{scales} {b} --features fashion-cnn", "scales 1, 3: pick one with --scale"),
+    "several scales of a reference": ("{b} {scales} --features fashion-cnn", "for a REFERENCE, export one scale"),
     "scale that is none": ("{scales} {b} --features fashion-cnn --scale 2", "no samples at scale 2, only at 1, 3"),
     "device": ("{a} {b} --features fashion-cnn --device abacus", "'abacus'"),
 }
