@@ -100,9 +100,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def add_lost(path: Path, section: str, why: str) -> None:
-    """Adds a row for a section whose process is gone, on the machine of the rows before."""
-    before = rows_of(path)
-    row = {"section": section, "name": section, "value": why, "unit": "error"} | {name: before[-1][name] for name in MACHINE}
+    """Adds a row for a section whose process is gone, on the machine of the rows before, if there are any."""
+    machine = {name: row[name] for row in rows_of(path)[-1:] for name in MACHINE}
+    row = {"section": section, "name": section, "value": why, "unit": "error"} | machine
     with path.open("a", newline="") as file:
         csv.DictWriter(file, COLUMNS).writerow(row)
     print(f"{section}: {why}", flush=True)

@@ -178,6 +178,14 @@ def test_a_lost_section_is_a_row(dry_run, tmp_path):
     )
 
 
+def test_a_section_lost_before_any_row_is_the_first(dry_run, tmp_path):
+    copy = tmp_path / "some.csv"
+    copy.write_text(dry_run[2].with_suffix(".csv").read_text().splitlines(keepends=True)[0])  # the header alone
+    add_lost(copy, "correctness", "hung, and was killed")
+    (row,) = csv.DictReader(copy.open())
+    assert (row["section"], row["unit"], row["value"]) == ("correctness", "error", "hung, and was killed")
+
+
 def test_running_out_of_time_goes_through_what_catches_exceptions(tmp_path):
     code = (
         "import runpy, sys, time\n"
