@@ -14,7 +14,7 @@ from fastcfg.errors import Error, as_whole
 from fastcfg.schedules import Array
 
 BASES = ("null", "conditional")
-_LARGEST = float(np.finfo(np.float32).max)  # a scale is float32 in `Guidance.table`
+_LARGEST = float(np.finfo(np.float32).max)  # a scale is float32 in `scale_table`
 
 # Where a scale below 1 asks for something that can be had: eps_null itself, which is what s = 0 and w = -1 stand for
 _UNCONDITIONAL = (
@@ -80,22 +80,18 @@ class Interval:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the conditional and the null prediction become one.
+    """How the conditional and the null prediction become one, eps_null + s (eps_y - eps_null): all but s (see `scale_table`).
 
-    scale: s of eps_null + s (eps_y - eps_null); s = 1 is off. A number, one per row [B], or one per step [steps, 1] or
-    [steps, B] in executed order (noisiest first). The paper's w is s - 1: `Guidance.from_w`.
     interval: guide only there; elsewhere the conditional prediction stands. rescale: phi in [0, 1] (Lin et al. 2305.08891,
     section 3.4). channels: guide only the first this many channels, as the official DiT does with 3; None guides all.
     """
 
-    scale: Any = 1.0
     interval: Interval | None = None
     rescale: float = 0.0
     channels: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", Interval.parse(self.interval))
-        object.__setattr__(self, "scale", _checked_scale(self.scale))
         phi, channels = self.rescale, self.channels
         if isinstance(phi, bool) or not isinstance(phi, (int, float)) or not 0 <= phi <= 1:
             raise Error(f"rescale must be a number in [0, 1], got {phi!r}")
@@ -103,16 +99,6 @@ class Guidance:
             object.__setattr__(self, "channels", as_whole(channels))
             if self.channels is None or self.channels < 1:
                 raise Error(f"guidance_channels must be None (all) or a whole number of at least 1, got {channels!r}")
-
-    @classmethod
-    def from_w(cls, w: Any, **others: Any) -> Guidance:
-        """The paper's form, (1 + w) eps_y - w eps_null: s = 1 + w."""
-        return cls(scale=_checked_scale(w, name="w", least=0.0) + 1.0, **others)
-
-    def table(self, steps: int, rows: int, scale: Any = None) -> NDArray[np.float32]:
-        """The scale of every step and row, float32 [steps, rows]. scale: in place of its own, in the same forms."""
-        scale = self.scale if scale is None else _checked_scale(scale)
-        return _table("scale", scale, steps, rows, np.float32)
 
     def combine(self, cond: Tensor, null: Tensor, scale: Tensor) -> Tensor:
         """The guided prediction. cond, null: [B, C, ...]; scale: [B]. Rows with scale 1 are `cond` to the bit."""
@@ -128,9 +114,9 @@ class ClassifierGuidance:
     """Guidance by a classifier of noisy images (Dhariwal & Nichol 2105.05233, algorithm 2).
 
     eps_hat = eps - scale sigma grad_x log p(y | x_t), with sigma = sqrt(1 - alpha_bar). classifier: module(x_t [N, C, H, W],
-    t [N]) -> logits [N, K], one for each of the model's labels, trained on its noise levels and its t, in eval mode. scale: as
-    in `Guidance`, at least 0; 0 is off. base: what eps is: "null", the unconditional prediction, or "conditional", the one for
-    y, or for a scale of `Guidance` above 1 what that makes of both.
+    t [N]) -> logits [N, K], one for each of the model's labels, trained on its noise levels and its t, in eval mode. scale: in
+    the forms of `scale_table`, at least 0; 0 is off. base: which prediction eps is: "null", the unconditional one, or
+    "conditional", the one for y, which a classifier-free scale above 1 has guided already.
     """
 
     classifier: nn.Module
@@ -147,6 +133,19 @@ class ClassifierGuidance:
     def table(self, steps: int, rows: int) -> Array:
         """The scale of every step and row, float64 [steps, rows]."""
         return _table("classifier scale", self.scale, steps, rows, np.float64)
+
+
+def scale_table(scale: Any, steps: int, rows: int) -> NDArray[np.float32]:
+    """The guidance scale s of every step and row, float32 [steps, rows]; 1 is off, and below 1 is an Error.
+
+    scale: a number, one per row [rows], or one per step, [steps, 1] or [steps, rows], in executed order (noisiest first).
+    """
+    return _table("scale", _checked_scale(scale), steps, rows, np.float32)
+
+
+def scale_from_w(w: Any) -> Array:
+    """s = 1 + w of the paper's form, (1 + w) eps_y - w eps_null. w: in the forms of `scale_table`, at least 0."""
+    return _checked_scale(w, name="w", least=0.0) + 1.0
 
 
 def _table(name: str, scale: Array, steps: int, rows: int, dtype: type[Real]) -> NDArray[Real]:

@@ -17,7 +17,7 @@ from fastcfg.engines import Request, make_engine
 from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm, Rows
 from fastcfg.errors import Error, as_whole
 from fastcfg.explain import Explanation, explain
-from fastcfg.guidance import ClassifierGuidance, Guidance, Interval
+from fastcfg.guidance import ClassifierGuidance, Guidance, Interval, scale_from_w, scale_table
 from fastcfg.models.denoiser import Denoiser, as_denoiser, try_module
 from fastcfg.models.dit import DiT
 from fastcfg.noise import as_seed
@@ -132,7 +132,7 @@ class Sampler:
         """Samples, float32 [B, C, H, W] on the engine's device; the tensor is the caller's.
 
         labels: B whole numbers in 0..num_classes-1 (embeddings [B, ...] where the null label is one). scale: s, a number,
-        [B], or [steps, 1] / [steps, B] (see `Guidance`); w = s - 1 may be given instead; 1 if neither. classifier_scale: in
+        [B], or [steps, 1] / [steps, B] (executed order); w = s - 1 may be given instead; 1 if neither. classifier_scale: in
         the same forms, in place of the `ClassifierGuidance`'s own; 0 is off. seeds: one number, whose sample i uses (seed,
         index i), or B numbers, each used with index 0; `indices` [B] says other indices.
         x_T [B, C, H, W], noise [steps, B, C, H, W] (executed order): given noise in place of drawn.
@@ -142,7 +142,7 @@ class Sampler:
         """
         y = self._labels(labels)
         rows, steps = y.shape[0], self.plan.steps
-        scales = self.guidance.table(steps, rows, _scale_of(scale, w))
+        scales = scale_table(_scale_of(scale, w), steps, rows)
         asked = scales != 1
         guided = asked & self.plan.guided[:, None]
         if self.model.null_label is None and guided.any():
@@ -319,7 +319,7 @@ def _scale_of(scale: Any, w: Any) -> Any:
     if scale is not None and w is not None:
         raise Error("give the guidance strength once: scale, or w = scale - 1")
     if w is not None:
-        return Guidance.from_w(w).scale
+        return scale_from_w(w)
     return 1.0 if scale is None else scale
 
 

@@ -110,7 +110,7 @@ def _forwards(golden: Golden, engine: str, dtype: str) -> Iterator[Comparison]:
     x, t, y = (golden.expected[name] for name in "xty")
     sampler = Sampler(golden.model, steps=2, batch=len(x), engine=engine, dtype=dtype)
     cond, null = sampler.predict(x, t, y), sampler.predict(x, t, None)
-    guided = Guidance(golden.scale).combine(cond[:, :3], null[:, :3], torch.full((len(x),), golden.scale, device=cond.device))
+    guided = Guidance().combine(cond[:, :3], null[:, :3], torch.full((len(x),), golden.scale, device=cond.device))
     computed = {"forward": cond, "forward_null": null, "cfg3": torch.cat([guided, cond[:, 3:]], dim=1)}
     for name, value in computed.items():
         if name in golden.expected:

@@ -19,7 +19,7 @@ import fastcfg
 from fastcfg import files
 from fastcfg.cli import main
 from fastcfg.files import check_writable, replacing
-from fastcfg.guidance import Guidance, Interval
+from fastcfg.guidance import Interval, scale_table
 from fastcfg.metrics import open_images
 from fastcfg.models.dit import DiT, DiTConfig
 from fastcfg.sampler import Sampler
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "rescale negative": (lambda: sampler(rescale=-0.1), ("[0, 1]", "-0.1")),
     "no guided channels": (lambda: sampler(guidance_channels=0), ("guidance_channels", "0")),
     "too many guided channels": (lambda: sampler(guidance_channels=3), ("3", "1 channels")),
-    "scale of rank 3": (lambda: Guidance(scale=np.ones((1, 1, 1))), ("shape", "[1, 1, 1]")),
+    "scale of rank 3": (lambda: scale_table(np.ones((1, 1, 1)), 1, 1), ("shape", "[1, 1, 1]")),
     "classifier guidance by a bare module": (
         lambda: sampler(classifier_guidance=torch.nn.Identity()),
         ("fastcfg.ClassifierGuidance", "Identity"),

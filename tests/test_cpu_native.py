@@ -20,7 +20,7 @@ from fastcfg.engines import cpu_native
 from fastcfg.engines.cpu_dit import in_one_call
 from fastcfg.engines.cpu_native import FLAGS, NativeOperations, cpu_operations, kernels
 from fastcfg.engines.cpu_ops import CpuOperations, Tokens, has_int8
-from fastcfg.guidance import Guidance
+from fastcfg.guidance import Guidance, scale_table
 from fastcfg.noise import normal
 
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -215,7 +215,7 @@ def test_a_step_has_the_bits_of_the_reference_engine(
     model = random_model(depth=1)
     plan = a_plan(model, guidance=Guidance(**guidance), **options)
     B, shape = 3, model.shape
-    scales = torch.from_numpy(Guidance([scale, 2.0, 1.0]).table(plan.steps, B))
+    scales = torch.from_numpy(scale_table([scale, 2.0, 1.0], plan.steps, B))
     noise = draw(plan.steps, B, *shape) if noisy == "given" else None
     given = {"seeds": torch.tensor([5, -3, 2**62]), "indices": torch.tensor([0, 7, 2**40])} if noisy == "drawn" else {}
     results = []

@@ -14,7 +14,7 @@ from fastcfg.engines.cpu_native import cpu_operations
 from fastcfg.engines.cpu_ops import CpuOperations
 from fastcfg.engines.fused_dit import Buffers, FusedDiT, Layer, is_plain_dit
 from fastcfg.engines.reference import ReferenceEngine
-from fastcfg.guidance import Guidance, Interval
+from fastcfg.guidance import Guidance, Interval, scale_table
 from fastcfg.kernels._step import step_table
 from fastcfg.kernels.adaln import adaln_ref
 from fastcfg.kernels.attention import attention_ref
@@ -68,7 +68,7 @@ def a_plan(model: Denoiser, steps: int = 4, guidance: Guidance | None = None, **
 
 def request(plan: Plan, labels: list[int], scale: float = 3.0) -> Request:
     B = len(labels)
-    table = torch.from_numpy(Guidance(scale).table(plan.steps, B))
+    table = torch.from_numpy(scale_table(scale, plan.steps, B))
     return Request(torch.tensor(labels), table, plan.guided, np.arange(B), np.zeros(B, np.int64))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastcfg import Error, Guidance, Interval, Sampler, make_plan, schedule
+from fastcfg.guidance import scale_from_w, scale_table
 from fastcfg.schedules import timesteps
 
 SCALES = torch.tensor([1.0, 1.5, 4.0, 1.0, 7.25])
@@ -47,15 +48,12 @@ def test_rows_of_scale_1_survive_a_null_prediction_that_is_not_finite():
 @pytest.mark.parametrize("w", [0.0, 0.3, 3.0])
 def test_w_is_the_papers_form(w):
     cond, null = predictions()
-    guidance = Guidance.from_w(w, rescale=0.0)
-    got = guidance.combine(cond, null, torch.from_numpy(guidance.table(1, 5)[0]))
+    got = Guidance().combine(cond, null, torch.from_numpy(scale_table(scale_from_w(w), 1, 5)[0]))
     torch.testing.assert_close(got, (1 + w) * cond - w * null, rtol=1e-6, atol=1e-6)
 
 
-def test_w_takes_rows_and_other_settings():
-    guidance = Guidance.from_w([0.0, 0.5], interval=(10, 20), channels=3)
-    assert guidance.table(3, 2).tolist() == [[1.0, 1.5]] * 3
-    assert (guidance.interval, guidance.channels) == (Interval(10, 20), 3)
+def test_w_takes_rows():
+    assert scale_table(scale_from_w([0.0, 0.5]), 3, 2).tolist() == [[1.0, 1.5]] * 3
 
 
 @pytest.mark.parametrize("phi", [0.25, 0.7, 1.0])
@@ -189,7 +187,7 @@ def test_interval_bounds():
 
 @pytest.mark.parametrize("interval", ["100:261", "sigma:0.34:1.02"])
 def test_a_plan_marks_the_steps_inside(interval):
-    plan = make_plan(schedule("linear"), steps=250, guidance=Guidance(4.0, interval=interval))
+    plan = make_plan(schedule("linear"), steps=250, guidance=Guidance(interval=interval))
     inside = [100 <= t <= 261 for t in timesteps("dit", 1000, 250)]
     assert plan.guided.tolist() == inside
     assert 0 < sum(inside) < 250
@@ -214,7 +212,7 @@ STEPS, ROWS = 3, 2
     ],
 )
 def test_scale_tables(scale, want):
-    table = Guidance(scale).table(STEPS, ROWS)
+    table = scale_table(scale, STEPS, ROWS)
     assert table.dtype == np.float32
     assert table.tolist() == want
 
@@ -230,33 +228,42 @@ def test_scale_tables(scale, want):
     ],
 )
 def test_scale_tables_that_do_not_fit_are_refused(scale, says):
-    guidance = Guidance(scale)
     with pytest.raises(Error, match=says):
-        guidance.table(STEPS, ROWS)
+        scale_table(scale, STEPS, ROWS)
 
 
 def test_a_scale_for_some_of_the_rows_is_refused():
     with pytest.raises(Error, match=r"\[3, 1\] or \[3, 4\], got \[3, 2\]"):
-        Guidance([[1.0, 2.0]] * 3).table(3, 4)
+        scale_table([[1.0, 2.0]] * 3, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (0.99, "at least 1"),
+        (-2, "at least 1"),
+        ([2.0, 0.5], "at least 1"),
+        (float("nan"), "finite"),
+        ([1.0, float("inf")], "finite"),
+        (1e39, "finite"),  # it would be inf in the float32 table
+        ("4", "a number or numbers"),
+        (True, "a number or numbers"),
+        ([True, False], "a number or numbers"),
+        (None, "a number or numbers"),
+        ([[1.0], [2.0, 3.0]], "a number or numbers"),
+        (2 + 1j, "a number or numbers"),
+        ([], "got shape"),
+        (np.ones((2, 2, 2)), "got shape"),
+    ],
+)
+def test_bad_scales_are_refused(scale, says):
+    with pytest.raises(Error, match=says):
+        scale_table(scale, STEPS, ROWS)
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"scale": 0.99}, "at least 1"),
-        ({"scale": -2}, "at least 1"),
-        ({"scale": [2.0, 0.5]}, "at least 1"),
-        ({"scale": float("nan")}, "finite"),
-        ({"scale": [1.0, float("inf")]}, "finite"),
-        ({"scale": 1e39}, "finite"),  # it would be inf in the float32 table
-        ({"scale": "4"}, "a number or numbers"),
-        ({"scale": True}, "a number or numbers"),
-        ({"scale": [True, False]}, "a number or numbers"),
-        ({"scale": None}, "a number or numbers"),
-        ({"scale": [[1.0], [2.0, 3.0]]}, "a number or numbers"),
-        ({"scale": 2 + 1j}, "a number or numbers"),
-        ({"scale": []}, "got shape"),
-        ({"scale": np.ones((2, 2, 2))}, "got shape"),
         ({"rescale": -0.1}, r"rescale must be a number in \[0, 1\]"),
         ({"rescale": 1.01}, "rescale"),
         ({"rescale": float("nan")}, "rescale"),
@@ -276,4 +283,4 @@ def test_bad_guidance_is_refused(settings, says):
 @pytest.mark.parametrize(("w", "says"), [(-0.1, "w must be finite and at least 0"), (float("nan"), "w must be"), ("", "w")])
 def test_bad_w_is_refused_by_its_own_name(w, says):
     with pytest.raises(Error, match=says):
-        Guidance.from_w(w)
+        scale_from_w(w)

@@ -79,7 +79,7 @@ def run_with_kernel(plan, module, request, model_dtype=torch.float32):
 def test_agrees_with_the_reference_engine(name, B, shape, channels, rescale, interval, drawn, seed):
     if channels is not None and channels > shape[0]:
         channels = None
-    guidance = Guidance(scale=1.0, interval=interval, rescale=rescale, channels=channels)
+    guidance = Guidance(interval=interval, rescale=rescale, channels=channels)
     plan = make_plan(LINEAR, steps=4, guidance=guidance, **PLANS[name])
     module = Toy(wide=plan.learned_variance).eval()
     denoiser = Denoiser(module, shape, null_label=10, num_classes=10, schedule=LINEAR)
