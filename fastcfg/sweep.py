@@ -85,6 +85,7 @@ class Sweep:
 def run_sweep(
     path: str | Path,
     out: str | Path,
+    *,
     devices: str | None = None,
     workers: int | None = None,
     ray: str | None = None,

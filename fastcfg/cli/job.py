@@ -37,7 +37,7 @@ def run_command(spec: Path, out: str, devices: str | None, workers: int | None, 
     fastcfg job run spec.toml --out runs/50k
     fastcfg job run spec.toml --out s3://bucket/50k --ray auto
     """
-    result = run(spec, out, devices=devices, ray=ray, workers=workers)
+    result = run(spec, out, devices=devices, workers=workers, ray=ray)
     click.echo(f"{result} ({result.computed} units computed here)")
 
 

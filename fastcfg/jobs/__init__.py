@@ -1,12 +1,12 @@
 """Batch jobs: many samples, in units that survive crashes, computed by one machine or many.
 
-`run("spec.toml", "out")` begins a job or goes on with it, `status("out")` says how far it is, and `open("out")` reads its
-samples; `export.export` writes them for other tools. docs/jobs.md has the promises.
+`run("spec.toml", "out")` begins or resumes a job, `status("out")` says how far it is, `open("out")` reads its samples, and
+`export("out", "png", "folder")` writes them for other tools. docs/jobs.md has the promises.
 """
 
-from fastcfg.jobs import export
 from fastcfg.jobs.dataset import open
 from fastcfg.jobs.errors import DamagedError, JobError, StoppedError
+from fastcfg.jobs.export import export
 from fastcfg.jobs.job import Job, open_job
 from fastcfg.jobs.run import Status, run, set_aside, status
 from fastcfg.jobs.spec import Spec

@@ -58,9 +58,10 @@ class Status:
 def run(
     spec: Spec | str | Path,
     out: str | Path,
+    *,
     devices: str | None = None,
-    ray: str | None = None,
     workers: int | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> Status:
     """Computes what is missing of the job `spec` at `out`, a local folder or a URL; begins it where there is none.
@@ -76,7 +77,7 @@ def run(
         asked = Spec.from_toml(path) if path is not None else spec
         assert isinstance(asked, Spec)
         store = open_store(out)
-        job, runner = _begin(store, asked, path, devices, ray, workers)
+        job, runner = _begin(store, asked, path, devices, workers, ray)
         try:
             return _complete(job, runner, progress)
         except StoppedError as stop:
@@ -85,7 +86,7 @@ def run(
             raise JobError(f"{error}: {_remaining(job)}") from error
 
 
-def status(out: str | Path, verify: bool = False, progress: bool = False) -> Status:
+def status(out: str | Path, *, verify: bool = False, progress: bool = False) -> Status:
     """How far the job at `out` is, by the names and sizes of its files. Changes nothing.
 
     verify: read every file whole, and check that it is what was written.
@@ -134,7 +135,7 @@ def set_aside(out: str | Path, damaged: Iterable[int]) -> tuple[int, ...]:
 
 
 def _begin(
-    store: Store, spec: Spec, path: Path | None, devices: str | None, ray: str | None, workers: int | None
+    store: Store, spec: Spec, path: Path | None, devices: str | None, workers: int | None, ray: str | None
 ) -> tuple[Job, Runner]:
     """The job at `store`, frozen now if there is none, and the runner for it."""
     job = open_job(store, spec.weights) if "job.json" in store.names() else None

@@ -214,7 +214,7 @@ def test_no_room_is_a_job_error_and_nothing_is_left(tmp_path: Path, format: str)
 def test_a_name_too_long_is_one_error_and_nothing_is_left(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastcfg.jobs.export.check_writable", lambda _: None)
+    monkeypatch.setitem(export.__globals__, "check_writable", lambda _: None)
     for format in FORMATS:
         with pytest.raises(JobError, match=r"cannot write .*: File name too long"):
             export(folder, format, tmp_path / ("x" * 249), progress=False)

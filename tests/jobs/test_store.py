@@ -342,7 +342,7 @@ def test_jobs_need_neither_ray_nor_fsspec(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules.update(ray=None, fsspec=None, s3fs=None)\n"
         "import fastcfg.jobs as jobs\n"
-        "jobs.export.export  # as docs/jobs.md calls it\n"
+        "jobs.export  # as docs/jobs.md calls it\n"
         "import fastcfg.cli.job\n"
         "jobs.open_store(sys.argv[1]).prepare()"
     )

@@ -206,7 +206,7 @@ def test_job_needs_a_scale_that_it_has(job: Path) -> None:
 @pytest.mark.parametrize("format", ["adm-npz", "png"])
 def test_export_of_a_job_is_judged_by_scale_as_the_job_is(format: str, job: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz" if format == "adm-npz" else tmp_path / "out"
-    fastcfg.jobs.export.export(job, format, out, progress=False)
+    fastcfg.jobs.export(job, format, out, progress=False)
     for scale in (1.0, 2.5):
         found, wanted = open_images(out, scale), open_images(job, scale)
         assert found.count == 3
