@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from fastcfg import metrics as m
 from fastcfg.checkpoints import load
-from fastcfg.devices import find_device
 from fastcfg.errors import Error
 from fastcfg.explain import count_flops, count_gradient_flops
 from fastcfg.files import check_writable, write_file
@@ -101,7 +100,7 @@ def run_sweep(
     path, out = Path(path), Path(out)
     sweep = Sweep.from_toml(path)
     _check_out(path, out)
-    network = m.load_network(sweep.features, find_device("auto"))
+    network = m.load_network(sweep.features, device="auto")
     reference = m.open_reference(sweep.reference, network)
     model = load(next(iter(sweep.jobs.values())).checkpoint)  # the grid varies no checkpoint
     _check(sweep, model, network, reference)

@@ -20,7 +20,7 @@ from fastcfg import files
 from fastcfg.cli import main
 from fastcfg.files import check_writable, replacing
 from fastcfg.guidance import Interval, scale_table
-from fastcfg.metrics import open_images
+from fastcfg.metrics import load_network, open_images
 from fastcfg.models.dit import DiT, DiTConfig
 from fastcfg.sampler import Sampler
 from fastcfg.training.config import TrainConfig
@@ -255,6 +255,7 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     # checkpoints
     "checkpoint: unknown": (lambda: fastcfg.load("fashion-nist"), ("fashion-nist", "fashion-mnist")),
     "checkpoint: unknown device": (lambda: fastcfg.load("fashion-mnist", device="abacus"), ("'abacus'", "device")),
+    "feature network: unknown device": (lambda: load_network("fashion-cnn", "abacus"), ("'abacus'", "device")),
     "classifier: unknown device": (lambda: fastcfg.load_classifier("fashion-mnist", "abacus"), ("'abacus'", "device")),
     "checkpoint: a bare DiT saved": (lambda: fastcfg.save(dit(), "/nowhere/x.safetensors"), ("Denoiser", "DiT")),
 }  # fmt: skip

@@ -11,7 +11,6 @@ import click
 from tqdm import tqdm
 
 from fastcfg import metrics as m
-from fastcfg.devices import find_device
 
 
 @click.command("eval")
@@ -47,7 +46,7 @@ def command(
     """
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     images = m.open_images(samples, scale)
-    network = m.load_network(features, find_device(device))
+    network = m.load_network(features, device)
     expected = m.preview(network, images)
     m.check(expected, None, names, bootstrap, seed)
     other = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastcfg.checkpoints import SHIPPED, load
+from fastcfg.devices import find_device
 from fastcfg.engines import DTYPES, Engine
 from fastcfg.engines.choice import machine
 from fastcfg.errors import Error
@@ -75,10 +76,7 @@ def resolve(spec: Spec, device: str) -> Resolved:
 
     device: torch's name of one. dtype "auto" is the faster on this machine, which is measured, hence frozen.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Error(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    find_device(device)  # first: an error of the device is not one of the spec
     model = spec.checked("checkpoint", lambda: load(spec.checkpoint))
     spec.check_model(model)
     key = "dtype" if spec.engine == "auto" else "engine"

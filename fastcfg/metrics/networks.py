@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcfg.devices import find_device
 from fastcfg.errors import Error
 from fastcfg.files import is_file, read_pickle, read_safetensors
 from fastcfg.metrics.fashion_cnn import fashion_cnn_bytes, load_fashion_cnn
@@ -37,12 +38,12 @@ class FeatureNetwork:
 
 
 def load_network(name: str | Path, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """A network by its shipped name, or from a path; see `WANTED`.
+    """A network by its shipped name, or from a path; see `WANTED`. device: as `Sampler` takes it.
 
     A TorchScript file runs the code it holds: load only files you trust. It takes uint8 images; where its forward has the
     argument `return_features`, as in StyleGAN's inception-2015-12-05.pt, that is used, and its `output` layer gives logits.
     """
-    where = torch.device(device)
+    where = find_device(str(device))
     if str(name) in SHIPPED:
         return _fashion_cnn(where)
     path = Path(name)
