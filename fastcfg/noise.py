@@ -23,8 +23,6 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 _ROUND_A, _ROUND_B = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
-Words = NDArray[np.uint64]
-
 
 def philox(seed: ArrayLike, counter: Sequence[ArrayLike]) -> tuple[NDArray[np.uint32], ...]:
     """Philox4x32-10: four uint32 words for each (64-bit seed, four 32-bit counter words); all are broadcast together."""

@@ -28,7 +28,8 @@ from fastcfg.cli import main
 from fastcfg.files import read_safetensors, write_safetensors
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.data import load_data
-from fastcfg.training.loop import Trainer, prediction_target, read_log
+from fastcfg.training.loop import Trainer, prediction_target
+from fastcfg.training.run import read_log
 
 TINY = {
     "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "batch": 8, "images": 96, "warmup": 2,

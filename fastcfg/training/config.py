@@ -8,8 +8,8 @@ from typing import Any
 
 from fastcfg.errors import Error
 from fastcfg.schedules import SCHEDULES
+from fastcfg.solvers import PREDICTIONS
 
-PREDICTIONS = ("eps", "v", "x0", "flow")
 SEEDS = 2**32  # the generators' seeds, of 64 bits, are made of a run's seed and a step
 
 

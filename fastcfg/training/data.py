@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from fastcfg.errors import Error, missing_extra
+from fastcfg.errors import Error
 
 MOST_CLASSES = 1_000_000  # where no names say how many there are: one damaged label is not to fill the memory
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -156,10 +157,6 @@ def _load_npz(path: Path) -> ImageData:
 
 def _load_folder(folder: Path) -> ImageData:
     """Class folders, sorted by name; every image must have the same size and mode."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing_extra("train", "reading images", error) from error
     classes = sorted(p for p in folder.iterdir() if p.is_dir())
     if not classes:
         raise Error(f"{folder} holds neither IDX files nor class folders of images")

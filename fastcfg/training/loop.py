@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from fastcfg.errors import Error
 from fastcfg.models.dit import DiT, DiTConfig
 from fastcfg.training.config import TrainConfig
-from fastcfg.training.run import Run, read_log
-
-__all__ = ["Trainer", "make_optimizers", "prediction_target", "read_log"]
+from fastcfg.training.run import Run
 
 
 @dataclass

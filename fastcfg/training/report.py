@@ -10,7 +10,8 @@ from fastcfg.models.denoiser import Denoiser, describe_dit
 from fastcfg.plots import plot_loss
 from fastcfg.sampler import Sampler
 from fastcfg.schedules import schedule
-from fastcfg.training.loop import Trainer, read_log
+from fastcfg.training.loop import Trainer
+from fastcfg.training.run import read_log
 
 GRID_SCALES = (1.0, 2.0, 4.0)  # of a model with a null label; any other has scale 1 alone
 GRID_CLASSES = 10

@@ -16,8 +16,9 @@ from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from fastcfg.errors import Error, missing_extra
+from fastcfg.errors import Error
 from fastcfg.files import is_file, write_file
 from fastcfg.schedules import schedule
 from fastcfg.training.config import RunConfig
@@ -98,7 +99,7 @@ class Run(ABC, Generic[Model]):
         if self.step < self.config.steps:  # a run that has ended compiles nothing
             self._choose_arithmetic()
         start, losses = time.perf_counter(), []
-        with self._progress() as bar:
+        with tqdm(total=self.config.steps, initial=self.step, unit="step", desc="train") as bar:
             for step in range(self.step, self.config.steps):
                 losses.append(self._train_step(step))
                 self.step = step + 1
@@ -202,13 +203,6 @@ class Run(ABC, Generic[Model]):
             times.append(time.perf_counter() - begin)
         self.model.zero_grad(set_to_none=True)
         return min(times)
-
-    def _progress(self):  # type: ignore[no-untyped-def]
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise missing_extra("train", "the progress bar", error) from error
-        return tqdm(total=self.config.steps, initial=self.step, unit="step", desc="train")
 
     def _trim_log(self) -> None:
         """Drops log rows past the state that a killed run left, so that no step is logged twice.
