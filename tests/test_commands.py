@@ -212,3 +212,11 @@ def test_geometry_of_a_model_without_it_is_refused_before_the_sampling(
     assert f"{tmp_path / 'x.safetensors'} " in result.output
     assert says in result.output
     assert not (tmp_path / "x.png").exists()
+
+
+def test_geometry_of_a_label_that_only_the_data_has_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", images=np.zeros((1, 28, 28), np.uint8), labels=[11])
+    arguments = ("plot", "geometry", "--label", 11, "--data", tmp_path / "data.npz", "--out", tmp_path / "x.png")
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 2, result.output
+    assert "label 11 is out of range: the model's labels are 0..9" in result.output

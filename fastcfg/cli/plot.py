@@ -53,8 +53,7 @@ def geometry(
     else:
         x0 = _real_image(data, label, index, model.shape)
         source = f"real image {index}"
-    name = model.label_names[label] if model.label_names else str(label)
-    result = plot_geometry(sampler, x0, label, timestep, scales, seed, path, f"{name} ({source})")
+    result = plot_geometry(sampler, x0, label, timestep, scales, seed, path, f"{model.label_name(label)} ({source})")
     click.echo(f"cos(eps_null, eps_y - eps_null) = {result.cosine:.4f}; {path}")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastcfg.checkpoints import load
@@ -70,8 +72,11 @@ def command(
         description = {"plan": str(sampler.plan), "checkpoint": str(options["checkpoint"])}
         save_samples(path, samples, torch.tensor(y), torch.tensor(s), seed, description)
     else:
-        pixels = samples if decoder is None else decode(samples, decoder)
-        _write_pixels(path, sampler, pixels, wanted, scales, seed)
+        images = to_uint8(samples if decoder is None else decode(samples, decoder))
+        if path.suffix == ".npz":
+            save_npz(path, images, np.array(y), np.array(s, np.float32) if len(scales) > 1 else None)
+        else:
+            _write_grid(path, sampler, images, wanted, scales, seed)
     click.echo(f"{len(y)} samples in {path}")
 
 
@@ -92,37 +97,17 @@ def _scales(scale: str | None, w: str | None) -> list[float]:
     return parse_numbers("3" if scale is None else scale, "--scale", float)
 
 
-def _write_pixels(
-    path: Path, sampler: Sampler, pixels: torch.Tensor, wanted: list[int], scales: list[float], seed: int
+def _write_grid(
+    path: Path, sampler: Sampler, images: NDArray[np.uint8], wanted: list[int], scales: list[float], seed: int
 ) -> None:
-    images = to_uint8(pixels)
-    if path.suffix == ".npz":
-        labels = torch.tensor(wanted).repeat_interleave(len(scales)).numpy()
-        several = torch.tensor(scales).repeat(len(wanted)).numpy() if len(scales) > 1 else None
-        save_npz(path, images, labels, several)
-        return
-    names = [_name(sampler.model, label) for label in wanted]
+    """A PNG: labels down and scales across; of one scale the classes down, and across their samples by index."""
     title = f"{sampler.plan.steps} steps of {sampler.plan.solver}, seed {seed}"
-    if len(scales) > 1:
-        save_grid(path, images, names, [f"s = {s:g}" for s in scales], title)
-        return
-    # One scale: a row a class, its samples side by side, in the order of their indices.
-    classes = list(dict.fromkeys(wanted))
-    columns = max(wanted.count(label) for label in classes)
-    blank = images[:1] * 0 + 255
-    cells = []
-    for label in classes:
-        own = [images[i : i + 1] for i, other in enumerate(wanted) if other == label]
-        cells += own + [blank] * (columns - len(own))
-    rows = [_name(sampler.model, label) for label in classes]
-    save_grid(
-        path,
-        torch.cat([torch.from_numpy(c) for c in cells]).numpy(),
-        rows,
-        [""] * columns,
-        f"s = {scales[0]:g}, {title}",
-    )
-
-
-def _name(model: Denoiser, label: int) -> str:
-    return model.label_names[label] if model.label_names else str(label)
+    rows, columns, cells = wanted, [f"s = {s:g}" for s in scales], images
+    if len(scales) == 1:
+        rows = list(dict.fromkeys(wanted))
+        across = max(wanted.count(label) for label in rows)
+        blank = np.full_like(images[:1], 255)
+        of_rows = ([images[i : i + 1] for i, other in enumerate(wanted) if other == label] for label in rows)
+        cells = np.concatenate([cell for own in of_rows for cell in own + [blank] * (across - len(own))])
+        columns, title = [""] * across, f"s = {scales[0]:g}, {title}"
+    save_grid(path, cells, [sampler.model.label_name(label) for label in rows], columns, title)

@@ -41,6 +41,12 @@ class Denoiser:
     label_names: tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    def label_name(self, label: int) -> str:
+        """What the label is called, the number itself where it has no name."""
+        if self.label_names is None or not 0 <= label < len(self.label_names):
+            return str(label)
+        return self.label_names[label]
+
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
