@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastcfg.ceilings import Ceilings
-from fastcfg.engines import Request, make_engine
+from fastcfg.engines import DTYPES, Request, make_engine
 from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm, Rows
 from fastcfg.errors import Error, as_whole
 from fastcfg.explain import Explanation, explain
@@ -106,6 +106,7 @@ class Sampler:
             last = None if on_null else (self.model.num_classes or 1) - 1
             try_module(self.model, torch.tensor(self.plan.timesteps[:1], dtype=whole), last)
         self.engine = make_engine(engine, self.model, self.plan, device, dtype)
+        self._asked_dtype = DTYPES.get(dtype)  # None: "auto"
         self._gradient: ClassifierGradient | None = None
         if classifier_guidance is not None:
             self._gradient = ClassifierGradient(classifier_guidance.classifier, self.model, self.plan, self.engine.device)
@@ -198,9 +199,12 @@ class Sampler:
         """The plan, forwards, FLOPs and bytes of a batch, and launch by launch for a DiT; print it, or read its fields.
 
         ceilings: for floor times: "measured" (here, in a second or two), a GPU's name ("h100"), or `fastcfg.ceilings.Ceilings`.
+        A GPU's name gives the ledger of the cuda engine there, in the sampler's dtype; if that is "auto", in that engine's own.
         """
         classifier = None if self.classifier_guidance is None else self.classifier_guidance.classifier
-        return explain(self.model, self.plan, self.engine, self.batch, self.last_seconds, ceilings, classifier=classifier)
+        return explain(
+            self.model, self.plan, self.engine, self.batch, self.last_seconds, ceilings, self._asked_dtype, classifier
+        )
 
     def refresh(self) -> None:
         """Makes the next call use weights that were changed in place since the sampler was made."""

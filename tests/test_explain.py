@@ -118,6 +118,12 @@ def test_what_cannot_be_told_is_refused(ask: Callable[[], object], words: tuple[
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(("dtype", "want"), [("auto", "bfloat16"), ("fp32", "float32")])
+def test_a_sampler_gives_a_gpus_ledger_in_the_dtype_it_was_asked_for(dtype: str, want: str) -> None:
+    one = fastcfg.Sampler(random_model(), steps=2, engine="reference", dtype=dtype)
+    assert one.explain("h200").ledger.dtype == want
+
+
 def test_other_modules_have_no_ledger() -> None:
     one = square()
     assert one.explain().ledger is None

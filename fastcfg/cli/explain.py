@@ -10,9 +10,8 @@ import click
 from fastcfg.ceilings import STATED
 from fastcfg.checkpoints import load
 from fastcfg.cli.options import make_sampler, sampler_options
-from fastcfg.engines import DTYPES
 from fastcfg.errors import Error
-from fastcfg.explain import MEASURED, explain
+from fastcfg.explain import MEASURED
 
 
 @click.command("explain")
@@ -21,7 +20,7 @@ from fastcfg.explain import MEASURED, explain
     "--ceilings", metavar="GPU", help=f"Launches and floor times on that GPU, which need not be here: {', '.join(STATED)}."
 )
 @click.option("--measure", is_flag=True, help="Measure the machine's ceilings, for floor times. A second or two.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(ceilings: str | None, measure: bool, as_json: bool, **options: Any) -> None:
     """The plan row by row, model rows, FLOPs and bytes of a batch; for a DiT launch by launch.
 
@@ -33,9 +32,5 @@ def command(ceilings: str | None, measure: bool, as_json: bool, **options: Any) 
     if measure and ceilings is not None:
         raise Error(f"give one: --measure for this machine, or --ceilings {ceilings}")
     sampler = make_sampler(load(options["checkpoint"]), options)
-    explanation = explain(
-        sampler.model, sampler.plan, sampler.engine, sampler.batch, sampler.last_seconds,
-        ceilings=MEASURED if measure else ceilings, dtype=DTYPES.get(options["dtype"]),
-        classifier=None if sampler.classifier_guidance is None else sampler.classifier_guidance.classifier,
-    )  # fmt: skip
+    explanation = sampler.explain(MEASURED if measure else ceilings)
     click.echo(json.dumps(explanation.to_json(), indent=2) if as_json else str(explanation))
