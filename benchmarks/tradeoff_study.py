@@ -4,9 +4,9 @@
     python benchmarks/tradeoff_study.py /usr/share/datasets/fashion-mnist --out runs/small --samples 500 --reduced
     python benchmarks/tradeoff_study.py --show                                                # from the table, without sampling
 
-Samples and judges each arm (benchmarks/tradeoff/arms.py) as `fastcfg sweep` does, in a folder of --out; the same command goes
-on after an interruption. Writes the rows of all arms to benchmarks/results/tradeoff.csv, prints what docs/tradeoff.md quotes,
-and draws its plots. With --reduced: two scales, and the table and the plots go to --out.
+Samples and judges each arm (benchmarks/tradeoff/arms.py) as `fastcfg sweep` does, in a folder of --out; the same command
+resumes after an interruption. Writes the rows of all arms to benchmarks/results/tradeoff.csv, prints what docs/tradeoff.md
+quotes, and draws its plots. With --reduced: two scales, and the table and the plots go to --out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ALL = (*arms.KINDS, *arms.SMALL)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", help="folder with the IDX files of Fashion-MNIST")
-    parser.add_argument("--out", type=Path, help="folder of the sweeps; an existing one is gone on with")
+    parser.add_argument("--out", type=Path, help="folder of the sweeps; existing ones are resumed")
     parser.add_argument("--samples", type=int, default=2500, help="a point")
     parser.add_argument("--engine", default="auto", choices=["auto", *ENGINES], help="of the samplers; openvino is the fastest")
     parser.add_argument("--workers", type=int, help="processes, which share the cores; one a core is the fastest")

@@ -25,7 +25,7 @@ def slug(device: str) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file at `path`. Raises Error where that cannot be told: a folder closed to us, a name too long."""
+    """Whether there is a file at `path`. Raises Error where that cannot be told: no permission, a name too long."""
     return stat.S_ISREG(_mode(path))
 
 
@@ -113,7 +113,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_readable(path: Path) -> None:
-    """Raises Error unless the file can be opened: the libraries that read it say of one closed to us that it is missing."""
+    """Raises Error unless the file can be opened: the libraries that read it report one without permission as missing."""
     try:
         with open(path, "rb"):
             pass

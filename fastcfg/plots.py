@@ -140,7 +140,7 @@ def plot_tradeoff(rows: Sequence[Mapping[str, str]], path: Path, title: str = ""
     plt = pyplot()
     panels = [panel for panel in PANELS if all(panel[0] in row and panel[1] in row for row in rows)]
     if not rows or not panels:
-        raise Error("a trade-off has rows with a Frechet distance and a scale, or precision and recall")
+        raise Error("a trade-off needs rows with two figures to plot: a Frechet distance and a scale, or precision and recall")
     lines: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
         lines.setdefault(row.get("setting") or _setting(row), []).append(row)

@@ -1,4 +1,4 @@
-"""Sweeps: samples over a grid of guidance settings from the same noise, as jobs that can be gone on with, judged and plotted.
+"""Sweeps: samples over a grid of guidance settings from the same noise, as jobs that can be resumed, judged and plotted.
 
 DIR/sweep.toml      the sweep as it was given, frozen when it began
 DIR/jobs/NAME/      one job for each setting but the scale: its scales share batches
@@ -94,8 +94,8 @@ def run_sweep(
 
     devices, workers, ray: as `fastcfg.jobs.run` takes them. Each row is a point: its settings, samples, rows_a_sample (model
     rows: 2 a guided step, 1 another), gradients_a_sample (of the classifier), gflop_a_sample (of both, as counted by
-    `fastcfg explain`) and, of each metric, the figure and its 95 % interval. A killed sweep is gone on with by
-    the same call, and comes to the same rows.
+    `fastcfg explain`) and, of each metric, the figure and its 95 % interval. The same call resumes a
+    killed sweep, and comes to the same rows.
     """
     path, out = Path(path), Path(out)
     sweep = Sweep.from_toml(path)

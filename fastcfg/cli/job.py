@@ -23,14 +23,14 @@ def command() -> None:
 
 @command.command("run")
 @click.argument("spec", type=Path)
-@click.option("--out", required=True, help="Folder or URL (s3://, gs://) of the job; an existing one is gone on with.")
+@click.option("--out", required=True, help="Folder or URL (s3://, gs://) of the job; an existing job is resumed.")
 @click.option("--devices", default=None, help='"cpu" or numbers of GPUs: 0,1. [default: every GPU, else the CPU]')
 @click.option("--workers", default=None, type=int, help="Processes on the CPU, which share its cores. [default: 1]")
 @click.option("--ray", default=None, help='Run on a Ray cluster: "auto" or its address.')
 def run_command(spec: Path, out: str, devices: str | None, workers: int | None, ray: str | None) -> None:
     """Computes what is missing of the job in SPEC, a TOML file.
 
-    Killed at any time, it loses at most the units under way; the same command goes on. Exit codes: 0 all units are there,
+    Killed at any time, it loses at most the units under way; the same command resumes it. Exit codes: 0 all units are there,
     1 some are not (the message says why), 2 bad input, 130 or 143 stopped by SIGINT or SIGTERM.
 
     \b
@@ -63,7 +63,7 @@ def status_command(context: click.Context, out: str, verify: bool) -> None:
             if moved:
                 click.echo("damaged files were moved to damaged/; the next `fastcfg job run` computes their units again")
             if left:
-                click.echo(f"not moved: units {_ranges(left)}, which a run is at, or which are damaged no more")
+                click.echo(f"not moved: units {_ranges(left)}, which a run is computing, or which are no longer damaged")
         context.exit(1)
 
 

@@ -29,7 +29,7 @@ _SAMPLER_OPTIONS = (
     click.option("--rescale", default=0.0, show_default=True, help="phi of Lin et al., 0 to 1."),
     click.option("--guidance-channels", default=None, type=int, help="Guide the first this many. [default: all]"),
     click.option("--classifier", default=None, help="Guide by one: a shipped name or a path; --scale is then its own, from 0."),
-    click.option("--classifier-base", default=None, help=f"What it moves: {', '.join(BASES)}. [default: {BASES[0]}]"),
+    click.option("--classifier-base", default=None, help=f"What it guides: {', '.join(BASES)}. [default: {BASES[0]}]"),
     click.option("--batch", default=16, show_default=True, help="Rows in a batch."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, ..."),
     click.option("--dtype", default="auto", show_default=True, help=f"auto, {', '.join(DTYPES)}"),

@@ -15,7 +15,7 @@ from fastcfg.files import check_writable
 from fastcfg.training.config import RunConfig
 from fastcfg.training.data import ImageData, load_data
 
-NAMED = 10  # empty classes, of which there may be many
+NAMED = 10  # empty classes that the note lists by name
 
 _HELP = {
     "schedule": "Noise schedule: cosine, linear, scaled_linear, log_snr_cosine, flow.",
@@ -36,12 +36,12 @@ _HELP = {
 def run_options(config: type[RunConfig], own_help: dict[str, str]) -> Callable[..., Any]:
     """--out, --threads, and an option for each field of `config` with its default. own_help: of what not every run has."""
     options = [
-        click.option("--out", required=True, type=Path, help="Folder of the run; the same command goes on with what it holds."),
+        click.option("--out", required=True, type=Path, help="Folder of the run; the same command resumes it."),
         click.option("--threads", default=None, type=int, help="CPU threads. [default: all]"),
     ]
     for field in fields(config):
         flag = "--" + field.name.replace("_", "-")
-        declaration = f"{flag}/--no-{field.name}" if isinstance(field.default, bool) else flag
+        declaration = f"{flag}/--no-{field.name.replace('_', '-')}" if isinstance(field.default, bool) else flag
         text = (_HELP | own_help)[field.name]
         options.append(click.option(declaration, default=field.default, show_default=True, help=text))
 

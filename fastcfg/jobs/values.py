@@ -74,7 +74,7 @@ def labels(name: str, value: Any) -> str | tuple[int, ...]:
 def scales(name: str, value: Any) -> tuple[float, ...]:
     scales = several(name, value, number(0.0, 1e9))
     if len(set(scales)) != len(scales):
-        raise Error(f"{name}: each once, got {list(scales)}")
+        raise Error(f"{name} must differ from one another, got {list(scales)}")
     return scales
 
 

@@ -233,9 +233,7 @@ def _scales(folder: Path, files: list[Path]) -> NDArray[np.float32] | None:
         return None
     if len(scales) < len(files):
         stray = files[names.index(None)]
-        raise Error(
-            f"{folder} has images of a scale, in scale-S folders, and others, such as {stray}: take one of the two away"
-        )
+        raise Error(f"{folder} mixes images in scale-S folders with others, such as {stray}: keep one kind")
     return np.array(scales, np.float32)
 
 

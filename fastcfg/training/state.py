@@ -40,9 +40,9 @@ def load_state(
     modules: dict[str, torch.nn.Module],
     optimizers: list[torch.optim.Optimizer],
 ) -> int:
-    """Fills modules and optimizers from `path` and returns the step to go on with; refuses another run's state.
+    """Fills modules and optimizers from `path` and returns the step to resume at; refuses another run's state.
 
-    A state from before data were known by their content goes on with what is given, and says so.
+    A state from before states named their data resumes with the data given, and a note says so.
     """
     tensors, metadata = read_safetensors(path)
     stored = json.loads(metadata.get("config", "{}"))
@@ -52,7 +52,7 @@ def load_state(
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in different.items())
         raise Error(f"{path} belongs to another run ({changes}): use another --out, or the same settings and data to go on")
     if unknown:
-        print(f"note: {path} does not say which data its run had: going on with those given", file=sys.stderr)
+        print(f"note: {path} does not say which data its run had: resuming with the data given", file=sys.stderr)
     for group, module in modules.items():
         prefix = f"{group}/"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

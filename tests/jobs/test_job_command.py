@@ -108,7 +108,7 @@ def test_damage_that_a_run_is_at_is_left_to_it(tiny_spec: Spec, tmp_path: Path, 
     result = invoke("job", "status", out, "--verify")
     assert result.exit_code == 1
     assert "\ndamaged files were moved to damaged/" in result.output
-    assert "\nnot moved: units 1, which a run is at, or which are damaged no more\n" in result.output
+    assert "\nnot moved: units 1, which a run is computing, or which are no longer damaged\n" in result.output
     assert list(job.store.sizes("damaged")) == ["unit-000002.safetensors"]
 
 

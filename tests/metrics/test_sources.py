@@ -238,7 +238,7 @@ def test_images_beside_folders_of_scales_are_refused(tmp_path: Path) -> None:
     (tmp_path / "scale-1.5" / "3").mkdir(parents=True)
     for path in ("scale-1.5/3/0.png", "stray.png"):
         Image.fromarray(pictures()[0]).save(tmp_path / path)
-    with pytest.raises(Error, match=r"in scale-S folders, and others, such as .*/stray\.png"):
+    with pytest.raises(Error, match=r"mixes images in scale-S folders with others, such as .*/stray\.png"):
         open_images(tmp_path)
 
 
