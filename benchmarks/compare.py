@@ -22,7 +22,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpu.report import Report, percentiles, this_machine
+from cpu.report import Report, this_machine
+from table import percentiles
 
 from fastcfg.errors import Error
 

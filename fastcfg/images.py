@@ -16,6 +16,7 @@ from fastcfg.errors import Error, missing_extra
 from fastcfg.files import is_dir, write_file, write_safetensors
 
 SUFFIXES = (".png", ".npz", ".safetensors")
+CELL = 64  # least width of a grid's cell, in pixels
 
 
 def to_uint8(x: Tensor) -> NDArray[np.uint8]:
@@ -76,14 +77,13 @@ def save_grid(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str = "",
-    cell: int = 64,
 ) -> None:
     """A PNG of images [R * C, H, W, channels], row by row, with a name beside each row and above each column.
 
-    cell: least width of a cell in pixels; images are enlarged by whole factors, pixel for pixel.
+    Small images are enlarged by a whole factor, pixel for pixel.
     """
     height, width = images.shape[1:3]
-    factor = max(1, -(-cell // width))
+    factor = max(1, -(-CELL // width))
     font = ImageFont.load_default(size=13)
     gap, head = 4, (22 if title else 0) + 20
     left = 8 + max((int(font.getlength(name)) for name in rows), default=0) + 8

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastcfg.ceilings import Ceilings
 from fastcfg.engines import DTYPES, Request, make_engine
-from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm, Rows
+from fastcfg.engines.classifier import ClassifierGradient, ClassifierTerm, RowIndex
 from fastcfg.errors import Error, as_whole
 from fastcfg.explain import Explanation, explain
 from fastcfg.guidance import ClassifierGuidance, Guidance, Interval, scale_from_w, scale_table
@@ -327,7 +327,7 @@ def _scale_of(scale: Any, w: Any) -> Any:
     return 1.0 if scale is None else scale
 
 
-def _batches(guided: NDArray[np.bool_], batch: int, fill: bool) -> Iterator[tuple[Rows, int]]:
+def _batches(guided: NDArray[np.bool_], batch: int, fill: bool) -> Iterator[tuple[RowIndex, int]]:
     """Splits rows into batches that are guided in the same steps: (up to `batch` row numbers, how many of them count).
 
     guided: [steps, rows], or [2 steps, rows] with a classifier's steps after the others. A row then never pays for a

@@ -194,6 +194,10 @@ def _refuse_interpreter() -> None:
 def _compile(kernel: Any, config: Config, arguments: dict[str, Any], target: str) -> Any:
     options = {name: config[name] for name in ("num_warps", "num_stages")}
     values = arguments | {name: value for name, value in config.items() if name not in options}
+    # The interpreter drops names that a kernel lacks; a launch on a GPU ends with a KeyError
+    surplus = sorted(values.keys() - {parameter.name for parameter in kernel.params})
+    if surplus:
+        raise Error(f"{kernel.fn.__name__} has no {', '.join(surplus)}, which its launch gives")
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}

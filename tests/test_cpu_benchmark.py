@@ -26,7 +26,8 @@ from cpu import contenders as peers  # noqa: E402 - after the path
 from cpu import rates, sections, timing  # noqa: E402
 from cpu.cases import SCALE, make_cases, overhead_case, random_model  # noqa: E402
 from cpu.overhead import call_and_products  # noqa: E402
-from cpu.report import MACHINE, MEASURED, Report, percentiles  # noqa: E402
+from cpu.report import MACHINE, Report  # noqa: E402
+from table import MEASURED, percentiles  # noqa: E402
 
 DTYPES = ["fp32", *["bf16"] * has_bf16()]
 

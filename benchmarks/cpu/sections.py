@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from table import percentiles
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
@@ -14,7 +15,7 @@ from cpu.cases import Case
 from cpu.contenders import Contender, contenders
 from cpu.overhead import call_and_products
 from cpu.rates import Products
-from cpu.report import Report, percentiles
+from cpu.report import Report
 from cpu.timing import Call, Rounds, fastest, round_robin, timed
 from fastcfg.errors import Error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +15,15 @@ from typing import IO, Any
 import torch
 import triton
 from revision import commit
+from table import MEASURED, Times, percentiles, shown
 
 from fastcfg.engines.capture import collector_off
 from fastcfg.files import slug
 
 MACHINE = ("gpu", "driver", "torch", "triton", "python", "commit", "date")
-COLUMNS = (
-    "section", "name", "shape", "dtype", "p20_ms", "p50_ms", "p80_ms", "value", "unit", "fraction", *MACHINE,
-)  # fmt: skip
+COLUMNS = (*MEASURED, *MACHINE)
 UNITS = {"GB/s": 1e9, "TFLOP/s": 1e12}
 FLUSH_BYTES = 256 * 2**20  # written between calls: more than any L2 holds
-Times = tuple[float, float, float]  # 20th, 50th and 80th percentile in ms
 
 
 @dataclass
@@ -79,13 +76,11 @@ class Report:
         fraction: float | None = None,
     ) -> None:
         """value and unit: what was found, a message for unit "note" or "error". fraction: of the ceiling, or the limit."""
-        ms = dict(zip(("p20_ms", "p50_ms", "p80_ms"), times or ("", "", ""), strict=True))
-        cells = {"section": self.section, "name": name, "shape": str(shape), "dtype": short(dtype), **ms, "value": value}
-        cells |= {"unit": unit, "fraction": "" if fraction is None else fraction}
-        shown = {key: f"{cell:.5g}" if isinstance(cell, float) else cell for key, cell in cells.items()}
-        self._writer.writerow(shown | self.machine)
+        cells = (self.section, name, shape, short(dtype), *(times or (None, None, None)), value, unit, fraction)
+        texts = dict(zip(MEASURED, map(shown, cells), strict=True))
+        self._writer.writerow(texts | self.machine)
         self._file.flush()
-        print(" ".join(str(cell) for cell in shown.values() if cell != ""), flush=True)
+        print(" ".join(text for text in texts.values() if text), flush=True)
 
     def close(self) -> None:
         self._file.close()
@@ -124,7 +119,8 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
     call()
     sync(device)
     graph = torch.cuda.CUDAGraph()
-    with collector_off(), torch.cuda.graph(graph):
+    # A capture that fails may leave its stream the current one, which the outer context takes back
+    with collector_off(), torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):
         call()
     return graph.replay
 
@@ -142,7 +138,7 @@ def interleaved(
         call()
     sync(device)
     if device.type != "cuda":
-        return [_percentiles([_host_seconds(call) for _ in range(2)]) for call in calls]
+        return [percentiles([_host_seconds(call) for _ in range(2)]) for call in calls]
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     begin = time.monotonic()
     taken: list[list[float]] = [[] for _ in calls]
@@ -155,18 +151,13 @@ def interleaved(
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
-    return [_percentiles(times) for times in taken]
+    return [percentiles(times) for times in taken]
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
-
-
-def _percentiles(seconds: list[float]) -> Times:
-    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
-    return cuts[1] * 1e3, cuts[4] * 1e3, cuts[7] * 1e3
 
 
 def _machine(device: torch.device) -> dict[str, str]:

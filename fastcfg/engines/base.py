@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastcfg.engines.classifier import ClassifierTerm, Rows
+from fastcfg.engines.classifier import ClassifierTerm, RowIndex
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Request:
     noise: Tensor | None = None
     classifier: ClassifierTerm | None = None
 
-    def rows(self, rows: Rows, guided: NDArray[np.bool_]) -> Request:
+    def rows(self, rows: RowIndex, guided: NDArray[np.bool_]) -> Request:
         """The request for some of its rows, which are guided in these steps."""
         return Request(
             labels=self.labels[rows],

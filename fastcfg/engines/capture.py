@@ -1,4 +1,4 @@
-"""Running a loop of steps as CUDA graphs, and the lint that says whether a step may be captured.
+"""Running a loop of steps as CUDA graphs.
 
 A step is a callable that only launches, on static buffers; which step it is, it reads from a counter in one of them and
 counts up at its end. So all steps are the same launches, and one graph serves any of them: one of `SPAN` steps in a row for
@@ -14,22 +14,14 @@ import gc
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcfg.errors import Error
-from fastcfg.kernels._launch import Config, Grid, offline
 
 SPAN = 10  # steps in the longer graph: its gap is then shared by ten steps, and capturing it costs ten steps' launches
 
 Step = Callable[[bool], None]
-Launch = tuple[str, tuple[tuple[str, Any], ...]]
 
 
 class Lane:
@@ -167,8 +159,10 @@ class StepGraphs:
             with capturing(graph, self.lane):
                 for _ in range(length):
                     step(flag)
-        except Exception as error:
+        except BaseException as error:
             self.lane.recover()
+            if not isinstance(error, Exception):
+                raise
             raise Error(
                 f"a sampling step could not be captured in a CUDA graph: {_first_cause(error)}. Use engine='reference' for a "
                 "model that synchronises or copies to the host in its forward"
@@ -181,60 +175,3 @@ def _first_cause(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def lint(loop: Callable[[], object], target: str = "sm_90") -> list[Launch]:
-    """Runs `loop` with the kernels' launches recorded in place of made, as on `target`, and returns them.
-
-    A launch is (kernel, its arguments by name), tensors given by address; a loop that may be replayed records the same
-    every time. Raises Error, naming the operation, where the loop allocates a tensor, reads one on the host, copies between
-    devices or synchronises.
-    """
-    launches: list[Launch] = []
-
-    def record(kernel: Any, grid: Grid, config: Config, arguments: dict[str, Any]) -> None:
-        named = {name: _address(value) for name, value in (arguments | config | {"grid": grid}).items()}
-        launches.append((kernel.fn.__name__, tuple(sorted(named.items()))))
-
-    with offline(target, record), _no_synchronisation(), CaptureLint():
-        loop()
-    return launches
-
-
-class CaptureLint(TorchDispatchMode):
-    """Refuses torch operations that a captured step must not contain."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if len({tensor.device for tensor in given}) > 1:
-            raise Error(f"{func} copies between devices, inside a captured step")
-        result = func(*args, **(kwargs or {}))
-        storages = {tensor.untyped_storage()._cdata for tensor in given}
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor):
-                raise Error(f"{func} reads a tensor on the host, inside a captured step")
-            if leaf.untyped_storage()._cdata not in storages:
-                raise Error(f"{func} allocates a tensor {list(leaf.shape)}, inside a captured step")
-        return result
-
-
-@contextlib.contextmanager
-def _no_synchronisation() -> Iterator[None]:
-    """Inside, torch's ways to wait for a device raise Error."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise Error("the host waits for the device, inside a captured step")
-
-    waits = ((torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize"))
-    with contextlib.ExitStack() as patches:
-        for owner, name in waits:
-            patches.enter_context(mock.patch.object(owner, name, refuse))
-        yield
-
-
-def _address(value: Any) -> Any:
-    """What a launch would hold of an argument."""
-    if isinstance(value, TensorDescriptor):
-        return value.base.data_ptr(), tuple(value.shape), tuple(value.strides), tuple(value.block_shape)
-    return value.data_ptr() if isinstance(value, Tensor) else value

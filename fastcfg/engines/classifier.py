@@ -20,7 +20,7 @@ from fastcfg.models.weights import fingerprint, refuse_stale, refuse_training
 from fastcfg.plan import Plan
 from fastcfg.schedules import Schedule
 
-Rows: TypeAlias = "slice | NDArray[np.int64]"  # of a request
+RowIndex: TypeAlias = "slice | NDArray[np.int64]"  # of a request
 TOGETHER = (16, 8, 4, 2)  # samples that may share a classifier's forward on a CPU
 
 
@@ -136,7 +136,7 @@ class ClassifierTerm:
     weight: Tensor
     steps: NDArray[np.bool_]
 
-    def rows(self, rows: Rows) -> ClassifierTerm:
+    def rows(self, rows: RowIndex) -> ClassifierTerm:
         """The term of some of its rows."""
         return replace(self, labels=self.labels[rows], weight=self.weight[:, rows])
 

@@ -25,7 +25,7 @@ MAPPED_UNITS = 16  # local units kept open; their pages are the system's to drop
 KNOWN_UNITS = 1024  # units of an object store whose labels, seeds, indices and scales are kept: 28 bytes a sample
 REQUESTS = 256  # units whose heads are asked for at once
 
-Rows: TypeAlias = NDArray[np.int64]
+Positions: TypeAlias = NDArray[np.int64]
 
 
 class Sample(NamedTuple):
@@ -63,7 +63,7 @@ class JobDataset(Dataset[Sample]):
     all rows of a batch at once.
     """
 
-    def __init__(self, job: Job, units: Sequence[int] | Rows):
+    def __init__(self, job: Job, units: Sequence[int] | Positions):
         """units: the numbers of those to read, ascending."""
         self.job = job
         self._units = np.asarray(units, np.int64)
@@ -72,14 +72,14 @@ class JobDataset(Dataset[Sample]):
         self._starts = np.concatenate([[0], np.cumsum(sizes)])  # positions at which units begin, and the end
         self._files = _Mapped(job) if isinstance(job.store, LocalStore) else _Ranged(job)
 
-    def __reduce__(self) -> tuple[type[JobDataset], tuple[Job, Rows]]:
+    def __reduce__(self) -> tuple[type[JobDataset], tuple[Job, Positions]]:
         return JobDataset, (self.job, self._units)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @cached_property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         """All labels, int64 [len]: to choose or to weight samples by, without reading an image."""
         return self._column("labels", np.int64)
 
@@ -104,7 +104,7 @@ class JobDataset(Dataset[Sample]):
     def _column(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
         return np.concatenate([np.empty(0, dtype), *(np.array(head[name]) for head in self._files.heads(self._units.tolist()))])
 
-    def _read(self, positions: Rows) -> Sample:
+    def _read(self, positions: Positions) -> Sample:
         if positions.ndim != 1:
             raise IndexError(f"positions must be one number, a slice or a list, got an array {list(positions.shape)}")
         which = np.searchsorted(self._starts, positions, side="right") - 1
@@ -138,7 +138,7 @@ class _Mapped:
         """The arrays of each of these units; not all of them need hold the images."""
         return (self._open(k) for k in units)
 
-    def read(self, wanted: list[tuple[int, Rows]]) -> Iterator[Arrays]:
+    def read(self, wanted: list[tuple[int, Positions]]) -> Iterator[Arrays]:
         """For each (unit, rows of it), its arrays in these rows."""
         return ({name: array[rows] for name, array in self._open(k).items()} for k, rows in wanted)
 
@@ -167,7 +167,7 @@ class _Ranged:
             self._heads = dict(list(known.items())[-KNOWN_UNITS:])
             yield from (known[unit.k] for unit in part)
 
-    def read(self, wanted: list[tuple[int, Rows]]) -> Iterator[Arrays]:
+    def read(self, wanted: list[tuple[int, Positions]]) -> Iterator[Arrays]:
         spans = []
         for k, rows in wanted:
             unit = get_unit(self._job.spec, k)

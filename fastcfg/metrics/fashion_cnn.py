@@ -48,7 +48,7 @@ def load_fashion_cnn() -> FashionCNN:
 
 
 @torch.no_grad()
-def judge(network: FashionCNN, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
+def judge(network: FashionCNN, images: Tensor) -> tuple[Tensor, Tensor]:
     """(features [N, 128], predicted classes [N]) of images [N, 1, 28, 28] in [-1, 1]."""
-    features = torch.cat([network.features(part) for part in images.split(batch)])
+    features = torch.cat([network.features(part) for part in images.split(500)])
     return features, network.head(features).argmax(1)

@@ -10,11 +10,12 @@ from itertools import groupby
 
 import pytest
 import torch
+from capture_lint import CaptureLint, lint
 from test_cuda_engine import foreign_sampler, random_dit, sampler
 
 import fastcfg
 from fastcfg.engines import capture
-from fastcfg.engines.capture import CaptureLint, Lane, StepGraphs, lane_of, lint
+from fastcfg.engines.capture import Lane, StepGraphs, lane_of
 from fastcfg.kernels.adaln import adaln
 
 CPU = torch.device("cpu")

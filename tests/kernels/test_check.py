@@ -114,6 +114,18 @@ rows(check.Case("broken", lambda: check._attention(torch.bfloat16, 256, 72)))
     assert "no such luck" in row
 
 
+def test_a_launch_with_a_name_that_its_kernel_lacks_is_a_row():
+    """Which the interpreter drops, and a GPU's launch does not."""
+    (row,) = compiling("""
+from fastcfg.kernels import noise
+launch = noise.launch
+noise.launch = lambda *where, **arguments: launch(*where, **arguments, colour=3)
+seeds = torch.empty(4, dtype=torch.int64, device="meta")
+rows(check.Case("", lambda: noise.noise(seeds, seeds, 1, out=check._samples())))
+""")
+    assert row.endswith("does not compile: Error: _noise_kernel has no colour, which its launch gives")
+
+
 def test_an_interpreted_process_is_refused():
     with pytest.raises(Error, match="TRITON_INTERPRET"):
         compile_case(Case("", lambda: noise), "sm_90")
