@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from test_fused_dit import random_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcfg
 from fastcfg import ceilings as ceilings_module
@@ -19,6 +23,7 @@ from fastcfg.ceilings import STATED, Ceilings, known_gpu, measured_ceilings, sta
 from fastcfg.cli import main
 from fastcfg.explain import Explanation, count_flops, explain
 from fastcfg.kernels._launch import Cost
+from fastcfg.ledger import Entry, Ledger, Saving, Work
 from fastcfg.models.denoiser import Denoiser
 
 CPU = torch.device("cpu")
@@ -60,6 +65,95 @@ def test_text_holds_the_ledger_and_its_totals() -> None:
     for saving in ledger.savings:
         assert f"{saving.name}: {saving.reason}" in text
     assert "interval: no null rows in 2 of 4 steps" in text
+
+
+def entry(name: str, launches: int, gflop: float, mb: float, ms: float | None) -> Entry:
+    return Entry(name, launches, round(gflop * 1e9), round(mb * 1e6), None if ms is None else ms / 1e3)
+
+
+def told_by_hand(**changes: object) -> Explanation:
+    """2 samples in 5 steps, of which 3 are guided; every number is another."""
+    one, step, start = entry("linear", 12, 1.5, 20, 0.25), entry("total", 13, 2.5, 21, 0.5), entry("total", 2, 0.125, 3, 0.0625)
+    hoisted, unhoisted = entry("total", 4, 0.75, 5, 0.5), entry("total", 6, 7, 8, 9)
+    ledger = Ledger(
+        engine="cuda", dtype="float16", batch=2, ceilings=H100, guided=Work((one,), step),
+        unguided=Work((replace(one, launches=10),), replace(step, launches=11)), start=Work((), start),
+        hoisted=Work((), hoisted), unhoisted=Work((), unhoisted), call=entry("call", 1234, 1234.5, -2345.6, 2.5),
+        savings=(
+            Saving("hoisted", "adaLN", 3 * 10**9, 0, 0.001), Saving("shared", "tokens", 0, 4_000_000, 0.0),
+            Saving("interval", "nothing", 0, 0, 0.0),
+        ),
+    )  # fmt: skip
+    told = Explanation(
+        plan="the plan", engine="cuda", device="cuda:1", dtype="float16", batch=2, steps=5, guided_steps=3, rows=16,
+        flops_per_row=10**9, flops=16 * 10**9, weight_bytes=3_000_000, classifier_rows=0, classifier_flops=0,
+        last_seconds=None, notes=("one", "two"), ledger=ledger,
+    )  # fmt: skip
+    return replace(told, **changes)
+
+
+def test_text_of_numbers_given_by_hand() -> None:
+    assert str(told_by_hand()).splitlines() == [
+        "the plan",
+        "",
+        "engine        cuda on cuda:1, float16, batch 2",
+        "model rows    16: 3 guided steps x 4, 2 unguided x 2",
+        "model FLOPs   16.000 G a batch (1.0000 G a row)",
+        "weights       3.00 MB",
+        "note          one",
+        "note          two",
+        "",
+        "ledger        engine cuda, float16, batch 2",
+        f"ceilings      {H100}",
+        "",
+        f"{'a guided step':36}{'launches':>14}{'GFLOP':>14}{'MB':>14}{'floor ms':>14}",
+        f"{'  linear':36}{'12':>14}{'1.5':>14}{'20':>14}{'0.25':>14}",
+        f"{'  total':36}{'13':>14}{'2.5':>14}{'21':>14}{'0.5':>14}",
+        f"{'a step without null rows':36}{'11':>14}{'2.5':>14}{'21':>14}{'0.5':>14}",
+        f"{'before the first step':36}{'2':>14}{'0.125':>14}{'3':>14}{'0.0625':>14}",
+        f"{'the hoisted table':36}{'4':>14}{'0.75':>14}{'5':>14}{'0.5':>14}",
+        f"{'a call of 5 steps':36}{'1,234':>14}{'1,234':>14}{'-2,346':>14}{'2.5':>14}",
+        f"{'a step would add, not hoisted':36}{'6':>14}{'7':>14}{'8':>14}{'9':>14}",
+        "",
+        f"{'saved in a call':50}{'GFLOP':>14}{'MB':>14}{'floor ms':>14}",
+        f"{'  hoisted: adaLN':50}{'3':>14}{'0':>14}{'1':>14}",
+        f"{'  shared: tokens':50}{'0':>14}{'4':>14}{'0':>14}",
+    ]
+
+
+def test_text_of_a_batch_that_was_measured_guided_by_a_classifier_in_every_step() -> None:
+    told = told_by_hand(guided_steps=5, classifier_rows=8, classifier_flops=4 * 10**9, last_seconds=0.5, ledger=None, notes=())
+    assert str(told).splitlines()[3:] == [
+        "model rows    16: 5 guided steps x 4",
+        "model FLOPs   16.000 G a batch (1.0000 G a row)",
+        "classifier    8 rows, forward and backward: 4.000 GFLOP a batch",
+        "weights       3.00 MB, read 5 times a batch",
+        "measured      0.500 s for the last batch (40.0 GFLOP/s if it was guided)",
+    ]
+
+
+def test_text_of_a_model_without_a_null_label_has_no_guided_step() -> None:
+    told = told_by_hand()
+    assert told.ledger is not None
+    text = str(replace(told, ledger=replace(told.ledger, guided=None)))
+    assert f"{'a step':36}{'launches':>14}" in text
+    assert f"{'  linear':36}{'10':>14}" in text
+    assert "guided step " not in text
+    assert "null rows" not in text
+
+
+def test_weights_are_parameters_and_buffers_in_the_engines_dtype() -> None:
+    values = 12 * 12 + 12 + 12
+    for dtype, size in (("fp32", 4), ("bf16", 2)):
+        one = fastcfg.Sampler(Square().eval(), null_label=1, shape=(3, 2, 2), steps=4, engine="reference", dtype=dtype)
+        assert one.explain().weight_bytes == size * values
+
+
+def test_a_known_gpus_ceilings_are_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcfg.explain.known_gpu", lambda device: replace(H100, name=f"of {device}"))
+    told = explained()
+    assert told.ledger is not None
+    assert told.ledger.ceilings == replace(H100, name="of cpu")
 
 
 def numbers(cost: object) -> list[str]:
@@ -167,6 +261,23 @@ def test_stated_ceilings_are_the_data_sheets_in_flops_and_bytes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "sparse", "full", "bandwidth"),
+    [
+        ("a100", 624, 312 / 6, 2039),
+        ("h100", 1978.8, 989.4 / 6, 3350),
+        ("h200", 1978.8, 989.4 / 6, 4800),
+        ("b200", 4500, 2200 / 6, 8000),
+        ("mi300x", 2614.8, 163.4, 5300),
+    ],
+)
+def test_stated_ceilings_are_half_of_the_rates_with_sparsity(name: str, sparse: float, full: float, bandwidth: float) -> None:
+    """full: TF32's with sparsity, halved, and three passes of it; on AMD's GPU the matrix units' float32."""
+    low = sparse / 2 * 1e12
+    assert STATED[name].rates == pytest.approx({"bfloat16": low, "float16": low, "float32": full * 1e12})
+    assert STATED[name].bandwidth == pytest.approx(bandwidth * 1e9)
+
+
+@pytest.mark.parametrize(
     ("name", "known"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
@@ -211,8 +322,78 @@ def test_measured_ceilings_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert three_cores.bandwidth == 3 * 2 * 2 * 2**18 / 2
 
 
-def test_measured_ceilings_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+class Counted(TorchDispatchMode):
+    """Counts the operations inside, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_measurement_repeats_what_its_rate_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this thread, as the one worker: how often each piece of work is done between two looks at the clock."""
+    did: dict[str, Counter[str]] = {}
+
+    def count(options: dict[str, Callable[[], object]]) -> dict[str, float]:
+        for name, option in options.items():
+            with Counted() as did[name]:
+                option()
+            did[name] = did[name].calls
+        return dict.fromkeys(options, 1.0)
+
+    class Layer:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def products(self, _: object) -> Callable[[], object]:
+            return lambda: torch.zeros(1).neg_()
+
+    monkeypatch.setattr(ceilings_module, "measure", count)
+    monkeypatch.setattr(ceilings_module, "NativeLayer", Layer)
+    monkeypatch.setattr(ceilings_module, "kernels", lambda: SimpleNamespace(library=None))
+    workers = SimpleNamespace(count=1, map=lambda work, numbers: [work(number) for number in numbers])
+    monkeypatch.setattr(ceilings_module, "Workers", lambda _: workers)
+    for in_c, product in ((True, "neg_"), (False, "addmm")):
+        monkeypatch.setattr(ceilings_module, "in_one_call", lambda _, in_c=in_c: in_c)
+        monkeypatch.setattr(ceilings_module, "cpu_operations", lambda int8: Products())
+        measured_ceilings(CPU, torch.float32)
+        assert did["float32"][product] == ceilings_module.REPEATS
+        assert did["copy"]["copy_"] == ceilings_module.REPEATS
+    monkeypatch.setattr(ceilings_module, "GPU_PRODUCT", 64)
+    monkeypatch.setattr(ceilings_module, "GPU_COPY", 4096)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    ceilings_module._measured_on_gpu(CPU)
+    assert did["product"]["mm"] == did["copy"]["copy_"] == ceilings_module.REPEATS
+
+
+class Products:
+    """Of the cpu engine's operations, what a measurement asks of them."""
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor, *, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight, bias
+
+    def linear(self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(h[0], weight, bias)
+
+
+def test_a_gpu_without_memory_for_a_measurement_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "randn", refuse)
+    with pytest.raises(fastcfg.Error, match="2 GiB of memory on cpu"):
+        ceilings_module._measured_on_gpu(CPU)
+
+
+@pytest.mark.parametrize(("hip", "part"), [(None, 6), ("6.4", 8)])
+def test_measured_ceilings_of_a_gpu(hip: str | None, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU in its place, at small sizes and a second each."""
+    monkeypatch.setattr(torch.version, "hip", hip)
     waited: list[object] = []
 
     def a_second(options: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -227,7 +408,7 @@ def test_measured_ceilings_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     measured = ceilings_module._measured_on_gpu(CPU)
     assert measured.name == "a GPU"
-    assert measured.rates == {"bfloat16": 20 * 64**3, "float16": 20 * 64**3, "float32": 20 * 64**3 / 6}
+    assert measured.rates == {"bfloat16": 20 * 64**3, "float16": 20 * 64**3, "float32": 20 * 64**3 / part}
     assert measured.bandwidth == 20 * 4096
     assert waited == [CPU, CPU]
 

@@ -16,8 +16,9 @@ import fastcfg
 from fastcfg.ceilings import Ceilings
 from fastcfg.engines import capture, cuda
 from fastcfg.engines.cpu import CpuEngine
+from fastcfg.engines.cpu_dit import wide_dtype
 from fastcfg.engines.cpu_native import cpu_operations
-from fastcfg.engines.fused_dit import FusedDiT
+from fastcfg.engines.fused_dit import HOIST_STEPS, FusedDiT
 from fastcfg.explain import count_flops
 from fastcfg.guidance import Guidance, Interval
 from fastcfg.kernels._launch import offline
@@ -169,6 +170,8 @@ def test_no_ceilings_no_floor_and_a_dtype_without_a_rate_is_refused() -> None:
     assert {saving.floor_seconds for saving in ledger.savings} == {None}
     with pytest.raises(fastcfg.Error, match="no rate for float32"):
         make_ledger("cuda", model, plan_of(model), 2, torch.float32, Ceilings("a GPU", "stated", {"bfloat16": 1e12}, 1e12))
+    with pytest.raises(fastcfg.Error, match=f"no rate for {str(wide_dtype(torch.int8))[6:]} in"):
+        make_ledger("cpu", model, plan_of(model), 2, torch.int8, Ceilings("a CPU", "measured", {"int8": 1e12}, 1e12))
     with pytest.raises(fastcfg.Error, match="computes in float32, bfloat16, float16, got int8"):
         make_ledger("cuda", model, plan_of(model), 2, torch.int8)
 
@@ -199,6 +202,27 @@ def test_products_are_the_modules_but_for_what_is_hoisted_shared_and_unused(
     shared = B * 2 * T * D * PATCH  # one patch embedding for two rows
     unused = R * 2 * T * D * (OUT - PATCH)  # the variance's half of the last layer, which DDIM does not read
     assert products == R * forward - hoisted - shared - unused
+
+
+@pytest.mark.parametrize(("batch", "guided", "labels"), [(2, True, 3), (9, True, 6), (2, False, 2), (9, False, 5)])
+def test_the_table_is_of_as_many_labels_as_a_call_may_bring(batch: int, guided: bool, labels: int) -> None:
+    """Of 5 there are, and the null label beside them where a step is guided."""
+    model, D = random_model(), TINY["hidden_size"]
+    plan = replace(plan_of(model, steps=2), guided=np.full(2, guided))
+    ledger = make_ledger("cuda", model, plan, batch, torch.float32)
+    width = TINY["depth"] * 6 * D + 2 * D
+    assert ledger.hoisted.total.flops == 2 * labels * plan.steps * D * width
+    assert ledger.savings[0].reason == f"adaLN of t and y, {labels} labels a call"
+    assert ledger.unhoisted.total.flops == batch * (1 + guided) * 2 * (256 * D + D * D + D * width)
+
+
+def test_the_cpu_engines_table_is_filled_a_window_at_a_time() -> None:
+    """1,000 steps of DiT-S/2 for 33 labels: 28,416 float32 values each, of which 512 MiB hold 143 steps, 4 times 32."""
+    model, W, labels = dit("DiT-S/2"), 12 * 6 * 384 + 2 * 384, 33
+    assert HOIST_STEPS == 32
+    assert 4 * W * labels * 143 <= 2**29 < 4 * W * labels * 144
+    ledger = make_ledger("cpu", model, plan_of(model, steps=1000), 32, torch.float32)
+    assert ledger.hoisted.total.launches == math.ceil(1000 / (4 * 32))
 
 
 def test_hoisting_is_one_product_a_window_of_steps() -> None:
@@ -246,6 +270,15 @@ def test_end_of_a_step_with_history_channels_and_variance_is_the_hand_count() ->
     assert parts["unpatchify"] == (1, 0, 2 * 2 * 2 * B * T * OUT)
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_both_halves_share_their_tokens_whatever_ends_a_step(rescale: float) -> None:
+    model, B, D = dit("DiT-S/2"), 8, 384
+    ledger = make_ledger("cuda", model, plan_of(model, guidance=Guidance(rescale=rescale)), B, torch.bfloat16)
+    shared = {saving.name: saving for saving in ledger.savings}["shared"]
+    assert shared.flops == 50 * B * T * D * 2 * (PATCH + 1)
+    assert shared.bytes == 50 * (3 * 2 * B * T * D + 4 * B * PIXELS)
+
+
 def test_a_model_whose_blocks_embed_t_themselves_has_that_much_more_hoisted() -> None:
     plain, own = (random_model(block_conditioning=flag) for flag in (False, True))
     ledgers = [make_ledger("cuda", model, plan_of(model), 2, torch.float32) for model in (plain, own)]
@@ -270,6 +303,7 @@ def test_outside_the_interval_a_step_is_half() -> None:
     assert saved["hoisted"].flops == model_rows * ledger.unhoisted.total.flops // 2 - ledger.hoisted.total.flops
     assert saved["interval"].flops == (250 - inside) * (guided.flops - alone.flops)
     assert saved["interval"].bytes == (250 - inside) * (guided.bytes - alone.bytes)
+    assert saved["interval"].reason == f"no null rows in {250 - inside} of 250 steps"
     tokens = 2 * 8 * T * 384  # nor are they written, or read by the first LayerNorm and the first residual, a second time
     assert saved["shared"].flops == inside * (embedding + 2 * 8 * T * 384)
     assert saved["shared"].bytes == inside * (3 * tokens + 4 * 8 * PIXELS)
@@ -287,9 +321,11 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["ddim", "rescale", "ddpm"])
 @pytest.mark.parametrize("guided", [True, False])
-def test_launches_are_those_of_the_captured_loop(settings: dict, guided: bool) -> None:
+@pytest.mark.parametrize("channels", [3, 4, 5])
+def test_launches_are_those_of_the_captured_loop(settings: dict, guided: bool, channels: int) -> None:
+    """In patches of 4 x 4, of which step_boundary takes up to 64 values."""
     with META:
-        module = DiT(**TINY).eval()
+        module = DiT(**TINY | {"in_channels": channels, "patch_size": 4}).eval()
     model = describe_dit(module)
     plan = plan_of(model, steps=4, **settings)
     program = FusedDiT(model, plan, cuda.TritonOperations(), META, torch.float16)
@@ -311,7 +347,7 @@ def test_launches_are_those_of_the_captured_loop(settings: dict, guided: bool) -
     for entry in step.entries:
         told["moments" if entry.name.endswith("moments") else entry.name.split()[0]] += entry.launches
     assert told.pop("count") == 1  # these two are torch's own launches
-    assert told.pop("unpatchify", 0) == bool(plan.guidance.rescale)
+    assert told.pop("unpatchify", 0) == (bool(plan.guidance.rescale) or channels == 5)
     assert told == Counter(launches)
     assert sum(e.flops for e in step.entries if e.name.startswith("linear")) == sum(products)
     assert loop.window == plan.steps
