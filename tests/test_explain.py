@@ -360,6 +360,7 @@ def test_a_measurement_repeats_what_its_rate_is_of(monkeypatch: pytest.MonkeyPat
     for in_c, product in ((True, "neg_"), (False, "addmm")):
         monkeypatch.setattr(ceilings_module, "in_one_call", lambda _, in_c=in_c: in_c)
         monkeypatch.setattr(ceilings_module, "cpu_operations", lambda int8: Products())
+        measured_ceilings(CPU, torch.int8)
         measured_ceilings(CPU, torch.float32)
         assert did["float32"][product] == ceilings_module.REPEATS
         assert did["copy"]["copy_"] == ceilings_module.REPEATS
@@ -375,10 +376,11 @@ class Products:
     """Of the cpu engine's operations, what a measurement asks of them."""
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor, *, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return weight, bias
+        assert weight.is_floating_point(), "int8 is of packing, not of what is packed"
+        return weight.float(), bias.float()
 
     def linear(self, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(h[0], weight, bias)
+        return nn.functional.linear(h[0].float(), weight, bias)
 
 
 def test_a_gpu_without_memory_for_a_measurement_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

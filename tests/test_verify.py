@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 
 import fastcfg
 from fastcfg.cli import main
-from fastcfg.verify import TOLERANCE, Comparison, verify
+from fastcfg.verify import TOLERANCE, Comparison, _compare, _schedule, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 PAIR = GOLDEN / "dit_tiny.weights.safetensors", GOLDEN / "dit_tiny.expected.safetensors"
@@ -343,6 +346,7 @@ def test_a_perturbed_weight_is_found(tmp_path: Path) -> None:
     [
         ("x", ["x"]),
         ("t", ["t"]),
+        ("y", ["y"]),
         ("forward", ["forward"]),
         ("forward_null", ["forward_null"]),
         ("cfg3", ["cfg3"]),
@@ -363,6 +367,47 @@ def test_a_removed_tensor_is_found(name: str, reported: list[str], tmp_path: Pat
     assert [line.split()[0] for line in output.splitlines() if "MISSING" in line] == reported
 
 
+def test_a_result_of_another_shape_is_found(tmp_path: Path) -> None:
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        tensors["forward"] = tensors["forward"][:, :1].clone()
+
+    code, output = run_native(PAIR[0], rewritten(tmp_path / "e.safetensors", PAIR[1], narrow))
+    assert code == 1
+    assert re.search(r"^forward +MISSING +it is \[\d+, 1, 8, 8\], recomputed \[\d+, 8, 8, 8\]$", output, re.MULTILINE), output
+
+
+def test_the_limit_is_1e_5_of_the_largest_expected_value() -> None:
+    expected = torch.tensor([0.5, -4.0, 1.0])
+    for times, ok in ((0.9, True), (1.1, False)):
+        compared = _compare("name", expected + torch.tensor([0, 0, times * 4e-5], dtype=torch.float64), expected)
+        assert compared.difference == pytest.approx(times * 4e-5)
+        assert compared.relative == pytest.approx(times * 1e-5)
+        assert compared.ok == ok
+    assert _compare("name", torch.zeros(3), torch.zeros(3)).ok
+    assert not _compare("name", torch.full((3,), math.nan), expected).ok
+
+
+def test_the_schedule_is_the_files() -> None:
+    read = _schedule("linear 2e-4..1e-2, 500 steps")
+    assert read.alpha**2 == pytest.approx(np.cumprod(1 - np.linspace(2e-4, 1e-2, 500)), rel=1e-12)
+
+
+def test_every_result_is_the_asked_engines_in_the_asked_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def spied(*arguments: Any, **options: Any) -> fastcfg.Sampler:
+        asked.append((options["engine"], options["dtype"]))
+        return fastcfg.Sampler(*arguments, **options)
+
+    monkeypatch.setattr("fastcfg.verify.Sampler", spied)
+    expected = unclipped(tmp_path)
+    comparisons = list(verify(PAIR[0], expected, "cpu", "bf16"))
+    computed = [c.name for c in comparisons if not c.name.endswith("_timesteps")]
+    assert len(computed) == 7
+    assert [c.name for c in comparisons if not c.ok] == computed  # bf16 is not within the limit
+    assert Counter(asked) == {("cpu", "bf16"): 5, ("reference", "fp32"): 2}
+
+
 def test_a_name_outside_the_layout_is_found(tmp_path: Path) -> None:
     change = lambda tensors: tensors.update(ddim10_magic=torch.zeros(1))  # noqa: E731
     code, output = run_native(PAIR[0], rewritten(tmp_path / "e.safetensors", PAIR[1], change))
@@ -376,6 +421,7 @@ def test_a_name_outside_the_layout_is_found(tmp_path: Path) -> None:
         ({"config": None}, {}),
         ({"config": "{"}, {}),
         ({"config": '{"hidden_size": 32}'}, {}),
+        ({"config": "3"}, {}),
         ({}, {"schedule": None}),
         ({}, {"schedule": "quadratic 1e-4..2e-2, 1000 steps"}),
         ({}, {"schedule": "linear"}),
