@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastcfg.kernels import attention as attention_module
 from fastcfg.kernels import tuned
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from gpu import correctness
 from gpu.report import add_lost
 from gpu.supervise import supervise
 
@@ -96,6 +98,86 @@ def test_a_section_that_fails_is_a_row_and_the_others_go_on(tmp_path):
     assert any(row["name"] == "torch eager" for row in rows)
 
 
+@pytest.mark.parametrize("verdict", ["relative, EXCEEDS", "bits DIFFER"])
+def test_a_check_that_does_not_hold_ends_the_session_with_1(tmp_path, verdict):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['session', '--dry-run', '--here', '99', '--out', {str(tmp_path)!r}, '--sections', 'ceilings']\n"
+        f"sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]\n"
+        "from gpu import speed\n"
+        f"speed.ceilings = lambda session: session.report.row('planted', 3.5, {verdict!r})\n"
+        f"runpy.run_path({str(SESSION)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "0 sections failed, 1 checks did not hold\nceilings,planted," in done.stdout
+
+
+class Said:
+    """In place of a session: what its sections report."""
+
+    dry, device = True, torch.device("cpu")
+
+    def __init__(self):
+        self.rows, self.report = [], self
+
+    def row(self, name, value, unit, **_):
+        self.rows.append((name, value, unit))
+
+    def left(self):
+        return 1.0
+
+
+def test_a_kernel_may_err_twice_as_much_as_torch_or_by_two_rounding_steps(monkeypatch):
+    exact = torch.tensor([8.0, -1.0], dtype=torch.float64)
+
+    def case(name, got, low, dtype=torch.float32):
+        """Errors of the second value, as parts of the largest."""
+        outputs, lows = (exact.clone(), exact.clone()), (exact.clone(), exact.clone())
+        outputs[1][1] += 8 * got
+        lows[1][1] += 8 * low
+        one = {"outputs": lambda: [o.to(dtype) for o in outputs], "exact": lambda: [exact, exact], "low": lambda: lows}
+        return SimpleNamespace(name=name, shape="", **one)
+
+    eps = torch.finfo(torch.float16).eps
+    given = [
+        case("as torch", 1e-3, 1e-3),
+        case("nearly twice", 1.99e-3, 1e-3),
+        case("over twice", 2.01e-3, 1e-3),
+        case("torch is exact", 1e-3, 0.0),
+        case("two steps", 2 * eps, 0.0, torch.float16),
+        case("more than two steps", 2.5 * eps, 0.0, torch.float16),
+        case("no number", float("nan"), 1e-3),
+    ]
+    monkeypatch.setattr(correctness, "cases", lambda *_: given)
+    said = Said()
+    correctness.kernels(said)
+    assert [(name, unit.removeprefix("relative, ")) for name, _, unit in said.rows] == [
+        ("as torch", "ok"), ("nearly twice", "ok"), ("over twice", "EXCEEDS"), ("torch is exact", "EXCEEDS"),
+        ("two steps", "ok"), ("more than two steps", "EXCEEDS"), ("no number", "EXCEEDS"),
+    ]  # fmt: skip
+    assert said.rows[2][1] == pytest.approx(2.01e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("times", "verdict"), [(1.9, "ok"), (2.1, "EXCEEDS"), (float("nan"), "EXCEEDS")])
+def test_a_sample_may_lose_twice_what_the_reference_engine_does(monkeypatch, times, verdict):
+    lost = {("reference", "fp32"): 0.0, ("reference", "fp16"): 1.0, ("cuda", "fp16"): times}
+    base = torch.full((4,), 10.0)
+    monkeypatch.setattr(
+        correctness, "sampler", lambda session, batch, module, dtype, engine, **_: lambda *_: base + lost[engine, dtype]
+    )
+    said = Said()
+    correctness.network(said)
+    assert [unit for _, _, unit in said.rows] == [f"relative, {verdict}"] * 2
+
+
+def test_bits_that_differ_are_said():
+    said, one = Said(), torch.ones(2)
+    correctness._equal(said, "same", one, one.clone())
+    correctness._equal(said, "other", one, torch.tensor([1.0, 1.0 + 2**-23]))
+    assert said.rows == [("same", 1, "bits equal"), ("other", 0, "bits DIFFER")]
+
+
 def test_rows_of_sections_that_are_not_run_stay_and_their_ceilings_are_used(dry_run, tmp_path):
     _, before, path = dry_run
     shutil.copy(path.with_suffix(".csv"), tmp_path)
@@ -111,6 +193,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {benchmarks!r})
 from pathlib import Path
+from types import SimpleNamespace
 from gpu.supervise import LOST, begin
 for name in {sections!r}:
     begin(name, 0.2, Path("the report"))
