@@ -47,7 +47,7 @@ def main() -> None:
     print(f"| {arguments.count} test images | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
     for name, spoil in SPOILT.items():
         images, labels = spoil(_pixels(test.images[: arguments.count]), test.labels[: arguments.count])
-        samples = metrics.extract(network, metrics.from_arrays(images, labels))
+        samples = metrics.extract(metrics.from_arrays(images, labels), network)
         estimates = [figure.estimate for figure in metrics.evaluate(samples, reference)]
         cells = [f"{e.value:.4g} ± {metrics.CONFIDENCE * e.error:.2g}" for e in estimates]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

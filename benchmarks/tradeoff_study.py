@@ -82,7 +82,7 @@ def real_images(data: str, count: int) -> dict[str, str]:
     network = metrics.load_network("fashion-cnn")
     train = metrics.open_images(f"{data}:train")
     assert train.labels is not None
-    samples = metrics.extract(network, metrics.from_arrays(next(train.read(count)), train.labels[:count]))
+    samples = metrics.extract(metrics.from_arrays(next(train.read(count)), train.labels[:count]), network)
     figures = metrics.evaluate(samples, metrics.open_reference(f"{data}:test", network))
     return {"setting": report.REAL, "samples": str(count), **figure_cells(figures)}
 

@@ -39,6 +39,10 @@ class Grid:
     predicts: str
     clip: bool | str = False
 
+    def __post_init__(self) -> None:
+        if self.predicts not in PREDICTIONS:
+            raise Error(f"unknown prediction {self.predicts!r}: known are {', '.join(PREDICTIONS)}")
+
     @property
     def here(self) -> Pair:
         return self.alpha[:-1], self.sigma[:-1]
@@ -80,10 +84,8 @@ def x0_from(grid: Grid) -> Pair:
             return alpha * ones, -sigma
         case "x0":
             return 0 * ones, ones
-        case "flow":  # out = eps - x0
+        case _:  # "flow": out = eps - x0
             return ones / (alpha + sigma), -sigma / (alpha + sigma)
-        case _:
-            raise Error(f"unknown prediction {grid.predicts!r}: known are {', '.join(PREDICTIONS)}")
 
 
 def eps_from(grid: Grid) -> Pair:
@@ -97,7 +99,7 @@ def eps_from(grid: Grid) -> Pair:
             return sigma, alpha
         case "x0":
             return 1 / sigma, -alpha / sigma
-        case _:
+        case _:  # "flow"
             return ones / (alpha + sigma), alpha / (alpha + sigma)
 
 

@@ -115,7 +115,7 @@ def run_sweep(
     for name, settings in tqdm(points, "judge", unit="point", file=sys.stderr, disable=not progress):
         row = known.get(_key(settings))
         if row is None:
-            samples = m.extract(network, m.open_images(out / "jobs" / name, float(settings["scale"])))
+            samples = m.extract(m.open_images(out / "jobs" / name, float(settings["scale"])), network)
             figures = m.evaluate(samples, reference, sweep.metrics, bootstrap=sweep.bootstrap)
             row = settings | {"samples": str(len(samples))} | figure_cells(figures)
         rows.append(row)
@@ -154,7 +154,7 @@ def _check(sweep: Sweep, model: Denoiser, network: m.FeatureNetwork, reference: 
         spec.check_model(model)
         n = spec.samples // len(spec.scales)
         black = m.from_arrays(np.broadcast_to(np.zeros((1, H, W, C), np.uint8), (n, H, W, C)), np.zeros(n, np.int64))
-        m.check(m.preview(network, black), reference, sweep.metrics, sweep.bootstrap)
+        m.check(m.preview(black, network), reference, sweep.metrics, sweep.bootstrap)
 
 
 def _settings(spec: Spec, model: Denoiser) -> Iterator[Row]:

@@ -64,7 +64,7 @@ def test_every_point_is_a_row_with_the_figures_of_its_own_samples(whole):
     sampler = fastcfg.Sampler(fastcfg.load("fashion-mnist"), steps=2, interval=(0, 600), batch=8)
     images = to_uint8(sampler(torch.arange(COUNT) % 10, 3.0, seeds=0))
     network = metrics.load_network("fashion-cnn")
-    samples = metrics.extract(network, metrics.from_arrays(images, np.arange(COUNT) % 10))
+    samples = metrics.extract(metrics.from_arrays(images, np.arange(COUNT) % 10), network)
     reference = metrics.open_reference(out.parent / "reference.npz", network)
     for figure in metrics.evaluate(samples, reference, ["frechet_distance", "class_accuracy"], bootstrap=2):
         assert math.isclose(float(rows[-1][figure.name]), figure.estimate.value, rel_tol=1e-5)

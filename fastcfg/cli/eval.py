@@ -47,7 +47,7 @@ def command(
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     images = m.open_images(samples, scale)
     network = m.load_network(features, device)
-    expected = m.preview(network, images)
+    expected = m.preview(images, network)
     m.check(expected, None, names, bootstrap, seed)
     other = None
     if names is None or not set(names) <= set(m.WITHOUT_REFERENCE):
@@ -55,7 +55,7 @@ def command(
             other = m.open_reference(reference, network, on_batch=bar.update)
         m.check(expected, other, names, bootstrap, seed)
     with tqdm(desc="samples", total=images.count, unit="image", file=sys.stderr) as bar:
-        own = m.extract(network, images, on_batch=bar.update)
+        own = m.extract(images, network, on_batch=bar.update)
     figures = m.evaluate(own, other, names, bootstrap=bootstrap, seed=seed)
     left_out = {} if names is not None else m.unavailable(own, other)
     width = own.values.shape[1]

@@ -3,7 +3,7 @@
 from fastcfg import metrics
 
 network = metrics.load_network("fashion-cnn")
-samples = metrics.extract(network, metrics.open_images("samples.npz"))
+samples = metrics.extract(metrics.open_images("samples.npz"), network)
 reference = metrics.open_reference("/usr/share/datasets/fashion-mnist:test", network)
 for figure in metrics.evaluate(samples, reference):
     print(figure.name, figure.estimate.value, figure.estimate.interval)

@@ -51,7 +51,7 @@ class Reference:
 
 
 @torch.no_grad()
-def extract(network: FeatureNetwork, images: Images, on_batch: OnBatch | None = None) -> Features:
+def extract(images: Images, network: FeatureNetwork, on_batch: OnBatch | None = None) -> Features:
     """The features of all images, a batch at a time. on_batch(n) is called after each with the images it had."""
     values, logits = [], []
     for pixels in images.read(network.batch):
@@ -69,12 +69,12 @@ def extract(network: FeatureNetwork, images: Images, on_batch: OnBatch | None = 
     return Features(np.concatenate(values), joined, images.labels, network.judges_labels)
 
 
-def preview(network: FeatureNetwork, images: Images) -> Features:
+def preview(images: Images, network: FeatureNetwork) -> Features:
     """What `extract` will give, in shape: the features of the first image stand for all. For checks before the work."""
     first = next(iter(images.read(1)), None)
     if first is None:
         raise Error(f"{images.name} has no images")
-    one = extract(network, from_arrays(first))
+    one = extract(from_arrays(first), network)
     values = np.broadcast_to(one.values, (images.count, one.values.shape[1]))
     logits = None if one.logits is None else np.broadcast_to(one.logits, (images.count, one.logits.shape[1]))
     return Features(values, logits, images.labels, network.judges_labels)
@@ -103,7 +103,7 @@ def reference_of(images: Images, network: FeatureNetwork, on_batch: OnBatch | No
             kept = read_statistics(path, network)
             if kept is not None and kept.features is not None:
                 return kept
-    features = extract(network, images, on_batch).values
+    features = extract(images, network, on_batch).values
     reference = Reference(moments(features), features, len(features))
     if path is not None:
         with contextlib.suppress(OSError, Error):  # a place that takes no files costs the next run time, no more

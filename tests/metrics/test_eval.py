@@ -154,7 +154,7 @@ def test_command_says_the_same_in_json(tmp_path: Path) -> None:
     a, b = grey(tmp_path, "a.npz", 24), grey(tmp_path, "b.npz", 30)
     data = json.loads(run(a, b, "--features", "fashion-cnn", "--bootstrap", 0, "--json"))
     network = m.load_network("fashion-cnn")
-    samples, other = m.extract(network, m.open_images(a)), m.open_reference(b, network)
+    samples, other = m.extract(m.open_images(a), network), m.open_reference(b, network)
     for figure in m.evaluate(samples, other, bootstrap=0):
         assert data["figures"][figure.name]["value"] == pytest.approx(figure.estimate.value), figure.name
     assert data["figures"]["frechet_distance"]["error"] is None
@@ -228,7 +228,7 @@ def test_real_images_are_near_and_others_far() -> None:
     sets = {"real": (pixels, labels), "missing": (pixels[labels != 8], labels[labels != 8]), "noise": (noise, labels)}
     found = {}
     for name, (images, y) in sets.items():
-        samples = m.extract(network, m.from_arrays(images, y))
+        samples = m.extract(m.from_arrays(images, y), network)
         found[name] = {f.name: f.estimate for f in m.evaluate(samples, other, bootstrap=20)}
     real, missing, noise_ = found["real"], found["missing"], found["noise"]
     for far in (missing, noise_):

@@ -50,7 +50,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_extract_keeps_order_and_goes_by_batches() -> None:
     network, seen = counting()
     told: list[int] = []
-    found = extract(network, from_arrays(pictures(), np.arange(30)), told.append)
+    found = extract(from_arrays(pictures(), np.arange(30)), network, told.append)
     assert np.array_equal(found.values, pictures().reshape(30, 4))
     assert np.array_equal(found.logits, -found.values)
     assert found.labels.tolist() == list(range(30))
@@ -61,13 +61,13 @@ def test_extract_lays_channels_out_for_the_network() -> None:
     """[n, H, W, C] arrives as [n, C, H, W]."""
     images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 2), dtype=np.uint8)
     network = as_network(lambda x: x[:, 1].flatten(1))
-    assert np.array_equal(extract(network, from_arrays(images)).values, images[..., 1].reshape(3, 20))
+    assert np.array_equal(extract(from_arrays(images), network).values, images[..., 1].reshape(3, 20))
 
 
 def test_preview_has_the_shapes_of_the_whole() -> None:
     network, seen = counting()
     images = from_arrays(pictures(), np.arange(30))
-    found, whole = preview(network, images), extract(network, images)
+    found, whole = preview(images, network), extract(images, network)
     assert seen[0] == 1
     assert found.values.shape == whole.values.shape
     assert found.logits.shape == whole.logits.shape
@@ -172,13 +172,13 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_networks_and_images_that_give_no_features_are_refused() -> None:
     with pytest.raises(Error, match=r"features \[n, D\] for n images, got \[30, 1, 2, 2\] for 30"):
-        extract(as_network(lambda x: x), from_arrays(pictures()))
+        extract(from_arrays(pictures()), as_network(lambda x: x))
     with pytest.raises(Error, match="nothing has no images"):
-        extract(counting()[0], replace(from_arrays(pictures()), name="nothing", read=lambda batch: iter(())))
+        extract(replace(from_arrays(pictures()), name="nothing", read=lambda batch: iter(())), counting()[0])
     with pytest.raises(Error, match="nothing has no images"):
-        preview(counting()[0], Images("nothing", 0, None, lambda batch: iter(())))
+        preview(Images("nothing", 0, None, lambda batch: iter(())), counting()[0])
 
 
 def test_features_are_made_without_gradients() -> None:
     layer = torch.nn.Linear(4, 3)
-    assert extract(as_network(lambda x: layer(x.flatten(1).float())), from_arrays(pictures())).values.shape == (30, 3)
+    assert extract(from_arrays(pictures()), as_network(lambda x: layer(x.flatten(1).float()))).values.shape == (30, 3)
