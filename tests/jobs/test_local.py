@@ -343,6 +343,66 @@ def test_what_a_writer_left_that_died_after_the_run_began_is_gone_at_its_end(tin
     assert not list((tmp_path / "job" / "units").glob(".*"))
 
 
+def test_what_a_dead_writer_left_is_gone_before_work_begins(tiny_spec: Spec, tmp_path: Path) -> None:
+    job, units = make_job(tiny_spec, tmp_path / "job"), tmp_path / "job" / "units"
+    (units / f".unit-000003.safetensors.{'0' * 16}.tmp").touch()
+
+    def runner(job: Job, missing: Iterable[Unit]) -> Iterator[Outcome]:
+        assert not list(units.iterdir())
+        yield from failing(0, 0)(job, missing)
+
+    assert _complete(job, runner, progress=False).complete
+
+
+class Bar:
+    """Of tqdm, what a run uses."""
+
+    def __init__(self, total: int, initial: int, **_: object):
+        self.total, self.n, self.text = total, initial, ""
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        self.n += n
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        assert not refresh
+        self.text = text
+
+
+def test_the_bar_counts_what_is_there_what_is_sampled_and_what_fails(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Bar] = []
+    monkeypatch.setattr(sys.modules["fastcfg.jobs.run"], "tqdm", lambda **given: bars.append(Bar(**given)) or bars[0])
+    job = make_job(tiny_spec, tmp_path / "job")
+    there, todo = list(all_units(job.spec))[:2], list(all_units(job.spec))[2:]
+    write = failing(0, 0)
+    list(write(job, there))
+    n = sum(unit.size for unit in there)
+    shown: list[int] = []
+
+    def runner(job: Job, missing: Iterable[Unit]) -> Iterator[Outcome | Sampled]:
+        shown.append(bars[0].n)
+        unit = next(iter(missing))
+        for event in (Sampled(unit, 2), Sampled(unit, 1), Outcome(unit, "failed", "planted"), *write(job, [unit])):
+            yield event
+            shown.append(bars[0].n)
+        for unit in missing:
+            if unit != todo[0]:  # written above, and tried again
+                job.store.write(unit.name, [bytes(fastcfg.jobs.units.unit_bytes(job, unit))])
+                yield Outcome(unit, "written")
+
+    assert _complete(job, runner, progress=False).complete
+    assert shown == [n, n + 2, n + 3, n, n + todo[0].size]
+    assert bars[0].total == bars[0].n == job.spec.samples
+    assert bars[0].text == "units 7/7"
+
+
 def test_a_lost_folder_of_units_is_made_again(tiny_spec: Spec, tmp_path: Path) -> None:
     job = make_job(tiny_spec, tmp_path / "job")
     (tmp_path / "job" / "units").rmdir()
