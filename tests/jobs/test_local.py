@@ -25,7 +25,7 @@ from fastcfg.jobs import Job, Spec, Unit, all_units, local_runner, open_job, ope
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import freeze, resolve
 from fastcfg.jobs.local_runner import choose_devices, run_units
-from fastcfg.jobs.run import _complete
+from fastcfg.jobs.run import _complete, _named
 from fastcfg.jobs.worker import Outcome, Sampled
 
 WriteSpec = Callable[..., Path]
@@ -307,6 +307,15 @@ def test_a_unit_is_tried_three_times_and_the_rest_is_finished(tiny_spec: Spec, t
     with pytest.raises(JobError, match=r"1 units failed 3 times each: unit 2 \(RuntimeError: out of memory\)"):
         _complete(job, failing(2, 3), progress=False)
     assert status(tmp_path / "thrice").missing == (2,)
+
+
+def test_five_units_are_named_and_the_others_counted() -> None:
+    assert _named("failed", dict.fromkeys(range(5), "x")) == (
+        "5 units failed 3 times each: unit 0 (x), unit 1 (x), unit 2 (x), unit 3 (x), unit 4 (x)"
+    )
+    assert _named("lost", dict.fromkeys((6, 5, 4, 3, 2, 1), "x")) == (
+        "6 units lost their worker 5 times each: unit 1 (x), unit 2 (x), unit 3 (x), unit 4 (x), unit 5 (x) and 1 more"
+    )
 
 
 def test_a_unit_whose_worker_ends_each_time_is_named_and_the_rest_is_finished(tiny_spec: Spec, tmp_path: Path) -> None:
