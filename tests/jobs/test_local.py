@@ -429,6 +429,8 @@ def test_units_lost_and_claimed_come_back(tiny_spec: Spec, tmp_path: Path, monke
             rounds[-1].append(unit.k)
             first = sum(taken.count(unit.k) for taken in rounds) == 1
             if first and unit.k in (1, 4):
+                if unit.k == 4:
+                    job.store.write(unit.name, [b"cut short"])  # by who had claimed it
                 yield Outcome(unit, "lost" if unit.k == 1 else "claimed")
             else:
                 job.store.write(unit.name, [bytes(fastcfg.jobs.units.unit_bytes(job, unit))])
@@ -436,6 +438,27 @@ def test_units_lost_and_claimed_come_back(tiny_spec: Spec, tmp_path: Path, monke
 
     assert _complete(job, runner, progress=False).computed == 7
     assert rounds == [[0, 1, 2, 3, 4, 5, 6, 1], [4]]
+
+
+def test_a_unit_that_is_free_again_is_not_kept_waiting_for_one_that_is_not(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run is at unit 1 until this one has computed unit 4, which a third had claimed and left."""
+    monkeypatch.setattr(sys.modules["fastcfg.jobs.run"], "POLL_SECONDS", 0.01)
+    job = make_job(tiny_spec, tmp_path / "job")
+    monkeypatch.setattr(type(job.store), "claim", lambda self, k: k != 1)
+    write, rounds = failing(0, 0), []
+
+    def runner(job: Job, missing: Iterable[Unit]) -> Iterator[Outcome]:
+        rounds.append(list(missing))
+        first = len(rounds) == 1
+        yield from (Outcome(unit, "claimed") for unit in rounds[-1] if unit.k in (1, 4) and first)
+        yield from write(job, [unit for unit in rounds[-1] if unit.k not in (1, 4) or not first])
+        if not first:
+            list(write(job, [unit for unit in rounds[0] if unit.k == 1]))
+
+    assert _complete(job, runner, progress=False).computed == 6
+    assert [[unit.k for unit in units] for units in rounds] == [[0, 1, 2, 3, 4, 5, 6], [4]]
 
 
 def test_devices_are_named_or_found() -> None:

@@ -170,6 +170,26 @@ def test_a_node_that_is_taken_by_others_is_noted_once(
     ]
 
 
+def test_a_worker_that_works_for_long_is_not_waited_for(
+    ray: StandIn, crew: ray_runner._Crew, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(begun(ray, crew))
+    ray.clock = 100.0
+    crew.look()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_worker_that_had_started_may_die_as_often_as_its_units(ray: StandIn, crew: ray_runner._Crew) -> None:
+    ray.on = [node("a")]
+    for death in range(4):
+        crew.look()
+        assert len(ray.started) == death + 1
+        ray.answer(ray.started[-1].last("start"), crew.job.resolved.processor)
+        assert listened(crew) == []
+        ray.answer(ray.started[-1].last("events"), RayActorError("killed"))
+        assert listened(crew) == []
+
+
 def test_a_worker_may_die_twice_while_it_starts(
     ray: StandIn, crew: ray_runner._Crew, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,9 +236,11 @@ def test_deaths_of_a_node_that_is_gone_are_not_its_workers(ray: StandIn, crew: r
 
 @pytest.mark.parametrize("there", [True, False])
 def test_only_the_unit_that_a_worker_died_of_is_blamed(there: bool, ray: StandIn, crew: ray_runner._Crew, job: Job) -> None:
+    crew.look()
+    (hand, _) = crew.hands
+    assert not hand.free  # it starts
     actor, _ = begun(ray, crew)
     one, two, *_ = all_units(job.spec)
-    (hand, _) = crew.hands
     hand.give(one)
     assert (hand.free, hand.busy) == (False, True)
     ray.answer(actor.last("take"), None)
@@ -227,10 +249,21 @@ def test_only_the_unit_that_a_worker_died_of_is_blamed(there: bool, ray: StandIn
     hand.give(two)
     ray.on = [node("a", alive=there), node("b")]
     ray.answer(actor.last("take"), RayActorError("killed"))
+    ray.answer(actor.last("events"), RayActorError("killed"))  # who is buried is buried once
     why = "its worker on host-a ended: killed"
     assert listened(crew) == [Outcome(one, "lost", why), Outcome(two, "failed" if there else "lost", why)]
     assert [left.place.node for left in crew.hands] == ["b"]
     assert ray.killed == [actor]
+
+
+def test_nobody_is_blamed_for_a_worker_that_was_computing_nothing(ray: StandIn, crew: ray_runner._Crew, job: Job) -> None:
+    actor, _ = begun(ray, crew)
+    unit = next(iter(all_units(job.spec)))
+    crew.hands[0].give(unit)
+    ray.answer(actor.last("take"), None)
+    assert listened(crew) == []
+    ray.answer(actor.last("events"), RayActorError("killed"))
+    assert [(event.unit, event.status) for event in listened(crew)] == [(unit, "lost")]
 
 
 def test_events_are_passed_on_and_heard_again(ray: StandIn, crew: ray_runner._Crew, job: Job) -> None:
@@ -272,7 +305,7 @@ def test_a_run_that_ends_lets_those_that_work_write_and_kills_all(ray: StandIn, 
 
 
 def test_an_exception_of_a_node_is_told_in_a_line() -> None:
-    traceback = RayError("ray::Actor.take()\n  File 'x.py', line 1\nValueError: no such luck\nmore")
+    traceback = RayError("ray::Actor.take()\n  File 'x.py', line 1\nKeyError: 'x'\nValueError: no such luck\nmore")
     assert ray_runner._reason(traceback) == "ValueError: no such luck"
     caused = RayError("a traceback")
     caused.cause = KeyError("label")
