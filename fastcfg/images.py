@@ -25,6 +25,28 @@ def to_uint8(x: Tensor) -> NDArray[np.uint8]:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def read_image(file: Path, shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
+    """An image file's pixels, uint8 [H, W, 1] of a grey image or [H, W, 3]; Error unless of `shape`, where that is given.
+
+    A grey image becomes three channels where `shape` has three. Raises Error for more than 8 bits a channel.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise Error(f"{file} has more than 8 bits a channel (mode {image.mode}): want 8")
+            grey = image.mode in ("1", "L") and (shape is None or shape[2] == 1)
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except Error:
+        raise
+    except Exception as error:  # Pillow meets damaged bytes with exceptions of any kind
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise Error(f"cannot read the image {file}: {reason}") from error
+    pixels = pixels[..., None] if grey else pixels
+    if shape is not None and pixels.shape != shape:
+        raise Error(f"{file} is {list(pixels.shape)}, but the first image is {list(shape)} (H, W, C)")
+    return pixels
+
+
 def load_vae(folder: Path, channels: int) -> Any:
     """The diffusers AutoencoderKL saved in `folder`, for latents of so many channels. Needs the extra `diffusers`."""
     try:

@@ -390,6 +390,35 @@ def test_idx_folder_and_image_folder_hold_the_same(tmp_path: Path) -> None:
     assert b.label_names == ("class0", "class1")
 
 
+def test_a_folder_of_colours_takes_grey_palette_and_transparent_images_as_rgb(tmp_path: Path) -> None:
+    """Each saved losslessly, of the same red, green or grey pixels."""
+    (tmp_path / "only").mkdir()
+    rgb = np.zeros((4, 4, 3), np.uint8)
+    rgb[:2], rgb[2:] = (200, 0, 0), (0, 100, 0)
+    grey = np.full((4, 4), 77, np.uint8)
+    whole = Image.fromarray(rgb)
+    whole.save(tmp_path / "only" / "0.png")
+    whole.quantize(2).save(tmp_path / "only" / "1.png")
+    transparent = whole.convert("RGBA")
+    transparent.putalpha(128)
+    transparent.save(tmp_path / "only" / "2.png")
+    Image.fromarray(grey).save(tmp_path / "only" / "3.png")
+    images = load_data(tmp_path).images.transpose(0, 2, 3, 1)
+    assert all(np.array_equal(image, rgb) for image in images[:3])
+    assert np.array_equal(images[3], np.stack([grey] * 3, axis=2))
+
+
+def test_images_that_no_set_can_hold_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "only").mkdir()
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "only" / "0.png")
+    with pytest.raises(fastcfg.Error, match=r"0\.png has more than 8 bits a channel"):  # all of it would be white
+        load_data(tmp_path)
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "only" / "0.png")
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "only" / "1.png")
+    with pytest.raises(fastcfg.Error, match=r"1\.png is \[4, 4, 3\], but the first image is \[4, 4, 1\]"):
+        load_data(tmp_path)
+
+
 def _npz(folder: Path, cut: int = 0, **arrays: object) -> Path:
     """A data set of four images without its last `cut` bytes."""
     path = folder / "data.npz"

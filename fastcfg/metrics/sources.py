@@ -15,10 +15,10 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from fastcfg.errors import Error
 from fastcfg.files import is_dir, is_file
+from fastcfg.images import read_image
 from fastcfg.training.data import load_data
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -218,9 +218,9 @@ def _from_folder(folder: Path, scale: float | None) -> Images:
     labels = np.array([int(p.parent.name) for p in files]) if numbered else None
 
     def read(batch: int) -> Iterator[NDArray[np.uint8]]:
-        first = _pixels(files[0], None)
+        first = read_image(files[0])
         for start in range(0, len(files), batch):
-            yield np.stack([_pixels(file, first.shape) for file in files[start : start + batch]])
+            yield np.stack([read_image(file, first.shape) for file in files[start : start + batch]])
 
     return Images(str(folder), len(files), labels, read)
 
@@ -235,19 +235,3 @@ def _scales(folder: Path, files: list[Path]) -> NDArray[np.float32] | None:
         stray = files[names.index(None)]
         raise Error(f"{folder} mixes images in scale-S folders with others, such as {stray}: keep one kind")
     return np.array(scales, np.float32)
-
-
-def _pixels(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
-    """[H, W, C], grey or RGB; grey becomes RGB where `shape`, that of the first image, has three channels."""
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise Error(f"{file} has more than 8 bits a channel (mode {image.mode}): want 8")
-            grey = image.mode in ("1", "L") and (shape is None or shape[2] == 1)
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise Error(f"cannot read the image {file}: {error}") from error
-    pixels = pixels[..., None] if grey else pixels
-    if shape is not None and pixels.shape != shape:
-        raise Error(f"{file} is {list(pixels.shape)}, but the first image is {list(shape)} (H, W, C)")
-    return pixels

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from fastcfg.errors import Error
+from fastcfg.images import read_image
 
 MOST_CLASSES = 1_000_000  # where no names say how many there are: one damaged label is not to fill the memory
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -156,20 +156,19 @@ def _load_npz(path: Path) -> ImageData:
 
 
 def _load_folder(folder: Path) -> ImageData:
-    """Class folders, sorted by name; every image must have the same size and mode."""
+    """Class folders, sorted by name; every image must have the same size, and be grey where the first one is."""
     classes = sorted(p for p in folder.iterdir() if p.is_dir())
     if not classes:
         raise Error(f"{folder} holds neither IDX files nor class folders of images")
     images: list[NDArray[np.uint8]] = []
     labels: list[int] = []
+    shape: tuple[int, ...] | None = None
     for label, name in enumerate(classes):
         for file in sorted(p for p in name.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            with _reading(file), Image.open(file) as image:
-                pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-            images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-            if images[-1].shape != images[0].shape:
-                raise Error(f"{file} is {images[-1].shape}, but the first image is {images[0].shape} (C, H, W)")
+            pixels = read_image(file, shape)
+            shape = pixels.shape
+            images.append(pixels.transpose(2, 0, 1))
             labels.append(label)
     if not images:
         raise Error(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in its class folders")
-    return ImageData(np.stack(images), np.asarray(labels, np.int64), tuple(p.name for p in classes))
+    return ImageData(np.ascontiguousarray(np.stack(images)), np.asarray(labels, np.int64), tuple(p.name for p in classes))

@@ -166,6 +166,18 @@ def test_damage_is_named(job: Job, tmp_path: Path) -> None:
     read_unit(job, units[3], verify=False)  # the caller's choice
 
 
+def test_a_file_of_another_size_is_no_unit(job: Job, tmp_path: Path) -> None:
+    written(job)
+    units = [get_unit(job.spec, k) for k in range(3)]
+    paths, size = [tmp_path / "job" / unit.name for unit in units], unit_bytes(job, units[0])
+    paths[0].write_bytes(paths[0].read_bytes() + b"\n")
+    paths[1].write_bytes(paths[1].read_bytes()[:-1])
+    found = status(job.store.url)
+    assert found.damaged == {0: f"{size + 1} bytes, not {size}", 1: f"{size - 1} bytes, not {size}"}
+    assert found.done == tuple(range(2, 7))
+    assert found.images == sum(get_unit(job.spec, k).size for k in found.done)
+
+
 def test_units_of_another_job_are_told(job: Job) -> None:
     unit = get_unit(job.spec, 0)
     other_spec = replace(job, spec=replace(job.spec, seed=6))

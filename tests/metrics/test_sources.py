@@ -140,7 +140,7 @@ def test_folder_with_grey_images(tmp_path: Path) -> None:
         everything(open_images(tmp_path))
 
 
-def test_bad_folders_are_refused(tmp_path: Path) -> None:
+def test_bad_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Error, match="holds no images"):
         open_images(tmp_path)
     with pytest.raises(Error, match=r"no images at /nowhere: want an \.npz"):
@@ -153,6 +153,10 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
         everything(open_images(tmp_path))
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "x.png")
     with pytest.raises(Error, match="more than 8 bits"):
+        everything(open_images(tmp_path))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "x.png")
+    with pytest.raises(Error, match=r"cannot read the image .*x\.png: .*exceeds limit"):
         everything(open_images(tmp_path))
 
 
