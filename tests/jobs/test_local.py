@@ -22,10 +22,10 @@ from crashing import Start, Started, start_command, unit_hashes
 
 import fastcfg
 from fastcfg.jobs import Job, Spec, Unit, all_units, local_runner, open_job, open_store, run, status
-from fastcfg.jobs.errors import JobError
+from fastcfg.jobs.errors import JobError, StoppedError
 from fastcfg.jobs.job import freeze, resolve
-from fastcfg.jobs.local_runner import choose_devices, run_units
-from fastcfg.jobs.run import _complete, _named
+from fastcfg.jobs.local_runner import SIGNALS, choose_devices, run_units
+from fastcfg.jobs.run import _complete, _named, signals
 from fastcfg.jobs.worker import Outcome, Sampled
 
 WriteSpec = Callable[..., Path]
@@ -78,6 +78,26 @@ def test_signals_end_a_run_between_units(
     assert len(files) == int(match[2]) == 100 - int(match[3])
     assert not [path for path in files if path.suffix == ".tmp"]
     assert not status(tmp_path / "job", verify=True).damaged
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_and_no_other_disturbs_the_ending(first: int) -> None:
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    ended = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(first)
+        finally:
+            for signum in SIGNALS:
+                signal.raise_signal(signum)
+            ended.append(True)
+
+    with pytest.raises(StoppedError) as stopped, signals():
+        work()
+    assert ended
+    assert stopped.value.signum == first
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
 def test_a_signal_to_the_real_command(write_spec: WriteSpec, tmp_path: Path, log: Path) -> None:
