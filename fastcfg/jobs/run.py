@@ -68,9 +68,9 @@ def run(
 
     spec: a Spec, or the path of a TOML file. devices: "cpu" or GPUs ("0,1"); None for the kind the job was begun on, every
     GPU, or the CPU. workers: processes on the CPU, 1 unless given. ray: "auto" or a cluster's address, to run there.
-    Raises Error for bad input, before any work; StoppedError after SIGINT or SIGTERM; JobError where units failed three times
-    each, or their worker ended five times before they were written (once all others are done), where `out` cannot be written
-    to, or where units are gone at the end that were there before.
+    Raises Error for bad input, before any work; StoppedError after SIGINT or SIGTERM; JobError where `out` cannot be written
+    to, where units are gone at the end that were there before, and, once all others are done, where units failed three times
+    each (a worker's death is a failure of the unit that it computed) or lost their worker five times before they were written.
     """
     with signals():
         path = None if isinstance(spec, Spec) else Path(spec)
