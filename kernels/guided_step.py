@@ -175,7 +175,7 @@ def guided_step(
     sizes = {"rows": B, "guided_elements": guided_elements, "out_elements": model_out[0].numel(), "chunks": chunks}
     rescaled = bool(rescale) and halves == 2
     if rescaled:
-        moments = torch.empty(moments_shape(x, channels), device=x.device) if moments is None else moments
+        moments = x.new_empty(moments_shape(x, channels)) if moments is None else moments
         check("moments", moments, moments_shape(x, channels), torch.float32, x.device)
         tables = {"moments": moments, "scale": scale, "step": step, "CHUNK": CHUNK}
         launch(_moments_kernel, (B, chunks), x.device, _MOMENTS_CONFIG, model_out=model_out, **tables, **sizes)

@@ -343,6 +343,22 @@ def test_gradients_are_the_same_in_any_mode_of_the_caller_and_leave_no_trace() -
             assert torch.equal(sampler([1, 2], seeds=SEED), want)
 
 
+def test_torchs_default_dtype_does_not_matter() -> None:
+    model, classifier = random_model(), a_classifier()
+
+    def samples() -> Tensor:
+        asked = ClassifierGuidance(classifier, 20.0)
+        return Sampler(model, steps=2, engine="reference", classifier_guidance=asked)([1, 2], seeds=SEED)
+
+    want = samples()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = samples()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
+
+
 def test_bf16_networks_take_the_gradient_in_float32() -> None:
     asked: list[torch.dtype] = []
     sampler = guided(random_model(), engine="reference", dtype="bf16")

@@ -459,6 +459,28 @@ def test_a_run_leaves_the_callers_settings_alone() -> None:
     assert torch.equal(made([0, 1], scale=2.0), inside)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torchs_default_dtype_does_not_matter(dtype: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled library takes buffers by their address, and would write past the end of one of another dtype."""
+    if not native:
+        monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
+    model, x, t = model_of("many tokens"), torch.ones(1, 3, 24, 24), torch.tensor([500])
+
+    def results() -> tuple[Tensor, Tensor]:
+        made = sampler(model, solver="ddpm", dtype=dtype)
+        return made([0, 1], scale=2.0), made.predict(x, t, [1])
+
+    want = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in got} == {torch.float32}
+    assert all(map(torch.equal, got, want))
+
+
 def test_bits_do_not_depend_on_torchs_number_of_threads() -> None:
     model, threads = model_of("head 72"), torch.get_num_threads()
     want = sampler(model)([0, 1, 2], scale=2.0)

@@ -80,7 +80,7 @@ class ClassifierGradient:
         """The numbers of samples that may share a forward, the largest first."""
         most = TOGETHER[0]
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn((most, *model.shape), generator=generator)
+        x = torch.randn((most, *model.shape), generator=generator, dtype=torch.float32)
         labels = torch.arange(most) % (model.num_classes or 1)
 
         def gradients(size: int, order: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class ClassifierGradient:
 
     def _try(self, model: Denoiser) -> None:
         name, shape = type(self._source).__name__, [1, *model.shape]
-        x = torch.zeros(shape, device=self._device)
+        x = torch.zeros(shape, device=self._device, dtype=torch.float32)
         try:
             with torch.no_grad():
                 logits = self._module(x, self._times[:1])

@@ -107,7 +107,7 @@ class NativeDiT(FusedDiT):
         """As FusedDiT's, from x in float64."""
         assert out is None
         x = x.double().contiguous()
-        tokens = torch.empty(len(x), self.config.tokens, self.config.hidden_size)
+        tokens = torch.empty(len(x), self.config.tokens, self.config.hidden_size, dtype=torch.float32)
         self._library.fastcfg_embed(ctypes.byref(self._network), x.data_ptr(), tokens.data_ptr(), len(x))
         return tokens
 
@@ -116,7 +116,7 @@ class NativeDiT(FusedDiT):
         del buffers
         (R, B), size = (len(index), len(tokens)), self.config.input_size
         tokens, table, index = tokens.contiguous(), table.contiguous(), index.int().contiguous()
-        out = torch.empty(R, self.config.out_channels, size, size)
+        out = torch.empty(R, self.config.out_channels, size, size, dtype=torch.float32)
         team, threads = self._led()
         memory = self._scratch(R, threads)
         places = (tokens.data_ptr(), table.data_ptr(), index.data_ptr(), out.data_ptr(), memory.data_ptr())
@@ -182,11 +182,11 @@ class NativeDiT(FusedDiT):
             "lines": len(window) * (piece.cond if piece.null is None else torch.cat([piece.cond, piece.null])),
             "guided": torch.from_numpy(np.ascontiguousarray(request.guided)),
             "x": piece.x,
-            "tokens": torch.empty(B, config.tokens, config.hidden_size),
+            "tokens": torch.empty(B, config.tokens, config.hidden_size, dtype=torch.float32),
         }
         rows = len(tensors["lines"])
         tensors |= {
-            "out": torch.empty(rows, config.out_channels, config.input_size, config.input_size),
+            "out": torch.empty(rows, config.out_channels, config.input_size, config.input_size, dtype=torch.float32),
             "index": torch.empty(rows, dtype=torch.int32),
             "memory": self._scratch(rows, threads),
         }
@@ -209,7 +209,7 @@ class NativeDiT(FusedDiT):
             return piece.noise[steps.start : steps.stop]
         if piece.seeds is None:
             return None
-        noise = torch.zeros(len(steps), *piece.x.shape)
+        noise = torch.zeros(len(steps), *piece.x.shape, dtype=torch.float32)
         for z, i in zip(noise, steps, strict=True):
             step = torch.full((len(piece.x),), i, dtype=torch.int32)
             drawn = self._native.step_noise(self.coefficients, step, piece.x, None, piece.seeds, piece.indices)
@@ -226,7 +226,7 @@ class NativeDiT(FusedDiT):
         floats = self._library.fastcfg_denoise_scratch(ctypes.byref(self._network), rows, threads)
         kept: Tensor | None = getattr(self._own, "scratch", None)
         if kept is None or len(kept) < floats:
-            kept = self._own.scratch = torch.empty(floats)
+            kept = self._own.scratch = torch.empty(floats, dtype=torch.float32)
         return kept
 
     def _pack_trunk(self, module: DiT) -> None:
@@ -281,7 +281,8 @@ class NativeLayer:
     def products(self, h: Tensor) -> Callable[[], Tensor]:
         """What computes the layer alone for h, float32 [M, K], for measuring: in scratch memory, with more columns; in int8, of
         tokens that are quantised already, and 4 must divide K."""
-        place, y = ctypes.byref(self.structure), torch.empty(self._library.fastcfg_layer_scratch(ctypes.byref(self.structure)))
+        place = ctypes.byref(self.structure)
+        y = torch.empty(self._library.fastcfg_layer_scratch(place), dtype=torch.float32)
         values = F.pad(h.bfloat16(), (0, h.shape[1] % 2)) if self._dtype == torch.bfloat16 else h
         whole, scale, _ = CpuOperations()._quantised(h)
         given = _Tokens(values.data_ptr(), whole.data_ptr(), scale.data_ptr())

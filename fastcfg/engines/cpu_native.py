@@ -225,7 +225,7 @@ class NativeOperations(CpuOperations):
         D, d = width // 3, width // (3 * heads)
         qkv = qkv.contiguous()
         out = qkv.new_empty(R, T, D) if out is None else out
-        scratch = torch.empty(self.library.fastcfg_attention_scratch(T, d))
+        scratch = torch.empty(self.library.fastcfg_attention_scratch(T, d), dtype=torch.float32)
         self.library.fastcfg_attention(
             qkv.data_ptr(), out.data_ptr(), scratch.data_ptr(), R, T, heads, d, KINDS[qkv.dtype]
         )  # fmt: skip
@@ -243,7 +243,8 @@ class NativeOperations(CpuOperations):
 
     def _quantised(self, h: Tensor) -> Tokens:
         h = h.contiguous()
-        tokens = Tokens(torch.empty(h.shape, dtype=torch.uint8), torch.empty(*h.shape[:-1], 1), h.dtype)
+        scale = torch.empty(*h.shape[:-1], 1, dtype=torch.float32)
+        tokens = Tokens(torch.empty(h.shape, dtype=torch.uint8), scale, h.dtype)
         self.library.fastcfg_quantise(
             h.data_ptr(), tokens.whole.data_ptr(), tokens.scale.data_ptr(),
             tokens.scale.numel(), h.shape[-1], KINDS[h.dtype],
@@ -252,7 +253,7 @@ class NativeOperations(CpuOperations):
 
     def _hidden(self, y: Tensor, tokens: Tokens, bias: Tensor) -> Tokens:
         hidden = Tokens(torch.empty(y.shape, dtype=torch.uint8), tokens.scale.clone(), tokens.dtype)
-        scratch = torch.empty(y.shape[-1])
+        scratch = torch.empty(y.shape[-1], dtype=torch.float32)
         self.library.fastcfg_hidden(
             y.data_ptr(), hidden.scale.data_ptr(), bias.data_ptr(), scratch.data_ptr(), hidden.whole.data_ptr(),
             hidden.scale.numel(), y.shape[-1],

@@ -88,7 +88,7 @@ class CudaEngine:
     def run(self, request: Request) -> Tensor:
         self._weights.check()
         with _own_mode(self.device):
-            result = torch.empty(len(request.labels), *self.model.shape, device=self.device)  # on the caller's stream
+            result = torch.empty(len(request.labels), *self.model.shape, **_float32(self.device))  # on the caller's stream
             with self._lane.turn():
                 loop = self._loop(request)
                 loop.samples.load(request)
@@ -144,9 +144,9 @@ class Samples:
 
     def __init__(self, model: Denoiser, plan: Plan, batch: int, device: torch.device):
         self.plan, self.batch = plan, batch
-        self.x = torch.empty(batch, *model.shape, device=device)
+        self.x = torch.empty(batch, *model.shape, **_float32(device))
         self.x0_prev = torch.empty_like(self.x) if plan.needs_history else None
-        self.scale = torch.empty(plan.steps, batch, device=device)
+        self.scale = torch.empty(plan.steps, batch, **_float32(device))
         self.seeds, self.indices = torch.empty(2, batch + batch % 2, dtype=torch.int64, device=device)[:, :batch]
         self.at = torch.empty(cdiv(batch, 4) * 4 + 2 * batch, dtype=torch.int32, device=device)
         self.step, self.places = self.at[:batch], self.at[-2 * batch :]
@@ -156,7 +156,7 @@ class Samples:
 
     @cached_property
     def noise(self) -> Tensor:
-        return torch.empty(self.plan.steps, *self.x.shape, device=self.x.device)
+        return torch.empty(self.plan.steps, *self.x.shape, **_float32(self.x.device))
 
     def load(self, request: Request) -> None:
         """Takes over a request's scales, counters and noise, and draws x where it is not given."""
@@ -225,7 +225,7 @@ class DiTLoop:
         self.whole_end = not rescale and config.in_channels * config.patch_size**2 <= MAX_VALUES
         if not self.whole_end:
             self.output = torch.empty(2 * B, config.out_channels, *samples.x.shape[2:], **empty)
-            self.moments = torch.empty(moments_shape(samples.x, program.plan.guidance.channels), device=samples.x.device)
+            self.moments = torch.empty(moments_shape(samples.x, program.plan.guidance.channels), **_float32(samples.x.device))
 
     def windows(self, request: Request) -> Iterator[range]:
         program, samples = self.program, self.samples
@@ -280,7 +280,7 @@ class ModuleLoop:
         t_dtype = torch.int64 if plan.whole_timesteps else torch.float32
         self.times = torch.from_numpy(plan.timesteps).to(device, t_dtype)
         self.t = torch.empty(rows, dtype=t_dtype, device=device)
-        self.moments = torch.empty(moments_shape(samples.x, plan.guidance.channels), device=device)
+        self.moments = torch.empty(moments_shape(samples.x, plan.guidance.channels), **_float32(device))
 
     def windows(self, request: Request) -> Iterator[range]:
         B = self.samples.batch
@@ -388,6 +388,11 @@ def _own_mode(device: torch.device) -> Iterator[None]:
     """`plain_mode`, which a captured step keeps, and no inference mode: buffers made in it could not be written outside."""
     with torch.inference_mode(False), plain_mode(device):
         yield
+
+
+def _float32(device: torch.device) -> dict[str, Any]:
+    """What makes a float32 tensor on the device, whatever torch's default dtype."""
+    return {"dtype": torch.float32, "device": device}
 
 
 def _tiles(device: torch.device) -> tuple[str, ...]:

@@ -161,6 +161,21 @@ def test_the_callers_modes_leave_no_trace():
     assert not one([1, 2], 3.0).requires_grad
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_torchs_default_dtype_does_not_matter(foreign):
+    make = foreign_sampler if foreign else lambda **options: sampler(random_dit(depth=1), **options)
+    options = {"steps": 2, "rescale": 0.5}
+    want = make(**options)([1, 4], 3.0)
+    made = make(**options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = made([1, 4], 3.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 def test_predict_agrees_with_the_reference():
     module = random_dit()
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([999, 400, 3])
