@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -341,6 +342,22 @@ def test_gradients_are_the_same_in_any_mode_of_the_caller_and_leave_no_trace() -
             assert torch.equal(sampler([1, 2], seeds=SEED), want)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(sampler([1, 2], seeds=SEED), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sampler_may_be_made_and_refreshed_in_inference_mode(dtype: torch.dtype) -> None:
+    model, classifier = random_model(), a_classifier().to(dtype).requires_grad_(True)
+
+    def made(module: nn.Module) -> Sampler:
+        return Sampler(model, steps=2, engine="reference", classifier_guidance=ClassifierGuidance(module, 20.0))
+
+    want = made(classifier)([1, 2], seeds=SEED)
+    with torch.inference_mode():
+        samplers = made(classifier), made(copy.deepcopy(classifier))
+        assert all(torch.equal(sampler([1, 2], seeds=SEED), want) for sampler in samplers)
+        for sampler in samplers:
+            sampler.refresh()
+    assert all(torch.equal(sampler([1, 2], seeds=SEED), want) for sampler in samplers)
 
 
 def test_torchs_default_dtype_does_not_matter() -> None:

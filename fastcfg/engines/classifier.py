@@ -27,9 +27,10 @@ TOGETHER = (16, 8, 4, 2)  # samples that may share a classifier's forward on a C
 class ClassifierGradient:
     """grad_x log p(y | x_t) at the steps of `plan`, by torch's autograd on `module`(x_t, t) -> logits, in float32 on `device`.
 
-    A classifier of another dtype or device is copied, and the copy's going stale is noticed. On a CPU as many samples go
-    together as leave each the bits that it has in a pair, and a single one makes a pair with itself: torch has other, slower
-    code for convolutions of one sample. Where a sample's bits depend on the other of its pair, samples go one at a time.
+    A classifier of another dtype or device, or made in inference mode, is copied, and the copy's going stale is noticed. On a
+    CPU as many samples go together as leave each the bits that it has in a pair, and a single one makes a pair with itself:
+    torch has other, slower code for convolutions of one sample. Where a sample's bits depend on the other of its pair, samples
+    go one at a time.
     Raises Error for a classifier that was trained on other noise levels (as far as it tells, by a `schedule`), or that does not
     give one logit for each of `model`'s labels: it is tried on one row of zeros.
     """
@@ -38,7 +39,9 @@ class ClassifierGradient:
         _check_schedule(module, model)
         tensors = (*module.parameters(), *module.buffers())
         self._source, self._device = module, device
-        self._converted = any(p.device != device or (p.is_floating_point() and p.dtype != torch.float32) for p in tensors)
+        self._converted = any(
+            p.device != device or p.is_inference() or (p.is_floating_point() and p.dtype != torch.float32) for p in tensors
+        )
         self._times = torch.from_numpy(plan.timesteps).to(device, torch.int64 if plan.whole_timesteps else torch.float32)
         self._together: tuple[int, ...] = (1,)
         self.refresh()
@@ -48,7 +51,8 @@ class ClassifierGradient:
     def refresh(self) -> None:
         """Takes up weights that changed in place since the copy was made."""
         source = self._source
-        self._module = copy.deepcopy(source).to(self._device, torch.float32) if self._converted else source
+        with torch.inference_mode(False):  # autograd takes no tensors that were made in the caller's
+            self._module = copy.deepcopy(source).to(self._device, torch.float32) if self._converted else source
         self._fingerprint = fingerprint(source)
 
     def check(self) -> None:

@@ -355,7 +355,8 @@ class _ModuleWeights:
         model, _, device, dtype, _ = self._made_for = made_for
         self._source = model.module
         self._converted = model.device != device or model.dtype != dtype
-        self._module = copy.deepcopy(self._source).to(device, dtype) if self._converted else self._source
+        with _own_mode(device):  # `refresh` writes into a copy
+            self._module = copy.deepcopy(self._source).to(device, dtype) if self._converted else self._source
         self._fingerprint = fingerprint(self._source)
 
     def check(self) -> None:

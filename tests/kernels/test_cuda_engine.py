@@ -271,6 +271,15 @@ def test_changed_weights_of_a_foreign_module():
     assert torch.equal(itself([1, 2], 3.0), foreign_sampler(module=copy.deepcopy(module))([1, 2], 3.0))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_sampler_made_in_inference_mode_is_refreshed_outside(dtype):
+    with torch.inference_mode():
+        made = foreign_sampler(dtype=dtype, steps=2)
+    want = made([1, 4], 2.0)
+    made.refresh()
+    assert torch.equal(made([1, 4], 2.0), want)
+
+
 def test_what_is_fused_and_what_is_not():
     for changes, kind in (({}, DiTLoop), ({"hidden_size": 40, "num_heads": 2}, ModuleLoop)):
         module = random_dit(**changes)
