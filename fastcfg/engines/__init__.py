@@ -46,11 +46,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str) -> Engine:
-    """The engine called `name` ("auto": the best there is for the device), for one model and plan.
+    """The engine called `name` ("auto": cpu for a DiT on the CPU, else reference), for one model and plan.
 
-    device: "auto" (a GPU where there is one and the engine uses it, else the CPU) or torch's name of one. dtype: "auto" (the
-    model's own; on the cpu engine, for a DiT that keeps its quality in bf16, the faster of that and fp32), "fp32", "bf16",
-    "fp16" or, where an engine has it, "int8".
+    device: "auto" (a GPU where there is one and the engine uses it, else the CPU) or torch's name of one. dtype: "fp32",
+    "bf16", "fp16" or, where an engine has it, "int8"; or "auto": the model's own, but for a DiT on engines cpu, openvino and
+    cuda what they say of None (fp32, or a lower one where the model keeps its quality in that).
     """
     if name != "auto" and name not in ENGINES:
         raise Error(f"unknown engine {name!r}: known are auto, {', '.join(ENGINES)}")

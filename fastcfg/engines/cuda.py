@@ -45,9 +45,10 @@ FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 class CudaEngine:
     """Runs `plan` on `model` on a GPU; or on the CPU, uncaptured, where Triton interprets its kernels (TRITON_INTERPRET=1).
 
-    dtype: float32, bfloat16, float16 or None: for a DiT bfloat16 on GPUs that have it, else float16; for any other module
-    its own. x and the solver are float32. Calls from any thread and stream are taken in turn, and ordered like other work on
-    the stream they come from. `notes` says what could not be fused.
+    dtype: float32, bfloat16, float16 or None: for a DiT that keeps its quality in bfloat16 (`Denoiser.low_precision`) bfloat16
+    on GPUs that have it, else float16; for any other DiT float32; for any other module its own. x and the solver are float32.
+    Calls from any thread and stream are taken in turn, and ordered like other work on the stream they come from. `notes` says
+    what could not be fused.
     """
 
     name = "cuda"
@@ -425,6 +426,9 @@ def _dtype(asked: torch.dtype | None, model: Denoiser, device: torch.device, fus
     if asked is not None and asked not in FLOATS:
         raise Error(f"engine 'cuda' computes in {', '.join(FLOATS.values())}, got {str(asked).removeprefix('torch.')}")
     if not fused:
+        if asked is None and model.dtype not in FLOATS:
+            got = str(model.dtype).removeprefix("torch.")
+            raise Error(f"engine 'cuda' computes in {', '.join(FLOATS.values())}, and the model is {got}: give a dtype")
         return model.dtype if asked is None else asked
     if device.type == "cpu":
         if asked == torch.bfloat16:

@@ -331,6 +331,9 @@ def test_refusals():
         sampler(module, dtype="int8")
     with pytest.raises(fastcfg.Error, match="bf16"):
         sampler(module, dtype="bf16")
+    with pytest.raises(fastcfg.Error, match="fp32, bf16, fp16, and the model is float64: give a dtype"):
+        foreign_sampler(module=Foreign().eval().double(), dtype="auto")
+    assert foreign_sampler(module=Foreign().eval().double()).engine.dtype == torch.float32
     with pytest.raises(fastcfg.Error, match="needs a GPU"):
         CudaEngine(sampler(module).model, sampler(module).plan, torch.device("meta"))
     training = sampler(module)
