@@ -8,12 +8,13 @@ from fastcfg.errors import Error
 
 
 def find_device(name: str) -> torch.device:
-    """ "auto" (a GPU where there is one, else the CPU) or torch's name of a device. Raises Error for one that is not here."""
+    """ "auto" (a GPU where there is one, else the CPU) or torch's name of a device, as tensors on it say it: cuda:0 for cuda.
+
+    Raises Error for one that is not here.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=torch.device(name)).device
     except (RuntimeError, AssertionError, TypeError) as error:
         raise Error(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device

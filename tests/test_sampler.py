@@ -323,6 +323,15 @@ def test_a_module_that_is_used_as_it_is_needs_no_refresh():
     assert not torch.equal(sampler([1, 2], 2.0), before)
 
 
+def test_a_device_by_its_number_is_that_without():
+    """As cuda is cuda:0: a module that lies there already is used as it is, not copied."""
+    model = small_dit()
+    sampler = sampler_of(model, device="cpu:0")
+    assert sampler.engine.device == torch.device("cpu")
+    changed_by_loading(model)
+    assert torch.equal(sampler([1, 2], 2.0), sampler_of(small_dit(seed=1))([1, 2], 2.0))
+
+
 class Fixed(nn.Module):
     """eps 0, and v the same everywhere: what is left of a step is its mean and its spread."""
 
