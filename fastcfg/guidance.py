@@ -166,14 +166,12 @@ def _std(x: Tensor) -> Tensor:
 
 def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array:
     """`scale` as float64 of rank 0, 1 or 2, every value finite and at least `least`."""
-    if isinstance(scale, Tensor):
-        scale = scale.detach().cpu().double().numpy()
     try:
-        values = np.asarray(scale)
+        values = np.asarray(scale.detach().cpu().double() if isinstance(scale, Tensor) else scale)
         if values.dtype == bool or values.dtype.kind not in "iuf":
             raise TypeError
         values = values.astype(np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor without values
         raise Error(f"{name} must be a number or numbers, got {scale!r}") from None
     if values.ndim > 2 or values.size == 0:
         raise Error(f"{name} must be a number, one per row, or one per step and row, got shape {list(values.shape)}")

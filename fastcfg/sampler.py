@@ -141,6 +141,7 @@ class Sampler:
         Any number of rows: they go in batches of `batch`, which changes no bit of a sample. The reference and cuda engines fill
         the last one up, at the cost of a whole one; on a CPU the others do not.
         """
+        self._refuse_meta()
         y = self._labels(labels)
         rows, steps = y.shape[0], self.plan.steps
         scales = scale_table(_scale_of(scale, w), steps, rows)
@@ -178,6 +179,7 @@ class Sampler:
 
         x: [N, C, H, W] at noise level t: [N], as the model counts timesteps. labels: [N], or None for the null label.
         """
+        self._refuse_meta()
         want = f"want tensors x [N, {', '.join(map(str, self.model.shape))}] and t [N], N at least 1"
         if not isinstance(x, Tensor) or not isinstance(t, Tensor):
             raise Error(f"{want}, got {type(x).__name__}, {type(t).__name__}")
@@ -217,6 +219,12 @@ class Sampler:
         """What the last batch took; a GPU that is still at it is waited for. None before the first."""
         return None if self._watch is None else self._watch.seconds
 
+    def _refuse_meta(self) -> None:
+        if self.engine.device.type == "meta":
+            raise Error(
+                "a sampler on the meta device has no values to compute with, and is there to be explained: use a real one"
+            )
+
     def _run(self, request: Request) -> Tensor:
         watch = _Stopwatch(self.engine.device)
         samples = self.engine.run(request)
@@ -240,7 +248,7 @@ class Sampler:
             return y
         try:
             array = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-        except ValueError:
+        except (TypeError, ValueError, RuntimeError):  # tensors that NumPy has no form for, too
             raise Error(f"labels must be whole numbers [B], got {labels!r}") from None
         if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise Error(f"labels must be whole numbers [B], at least one, got {array.dtype} {list(array.shape)}")

@@ -468,6 +468,10 @@ def test_a_model_without_a_null_label_samples_at_scale_1_only():
         ({"labels": [[1], [2]]}, "labels must be whole numbers"),
         ({"labels": ["1"]}, "labels must be whole numbers"),
         ({"labels": [True]}, "labels must be whole numbers"),
+        ({"labels": torch.ones(2, dtype=torch.bfloat16)}, "labels must be whole numbers"),
+        ({"labels": torch.ones(2, requires_grad=True)}, "labels must be whole numbers"),
+        ({"labels": torch.ones(2, dtype=torch.int64, device="meta")}, "labels must be whole numbers"),
+        ({"scale": torch.ones(2, device="meta")}, "scale must be a number or numbers"),
         ({"labels": [1, CLASSES]}, "label 5 is out of range: the model's labels are 0..4"),
         ({"labels": [-1]}, "label -1 is out of range"),
         ({"scale": 0.5}, "at least 1"),
@@ -548,6 +552,14 @@ def test_a_model_without_values_is_refused():
     for engine in ("reference", "cpu"):
         with pytest.raises(Error, match="weights are on the meta device"):
             sampler_of(model, engine=engine)
+
+
+def test_a_sampler_on_the_meta_device_only_explains():
+    sampler = sampler_of(small_dit(), device="meta")
+    assert sampler.explain().flops_per_row
+    for call in (lambda: sampler([1, 2]), lambda: sampler.predict(torch.zeros(1, *SHAPE), torch.zeros(1), [1])):
+        with pytest.raises(Error, match="on the meta device"):
+            call()
 
 
 def test_a_module_in_training_mode_is_refused_before_its_trial():
