@@ -17,6 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fastcfg.errors import Error
+
 INITIAL_STEP = 0  # x_T is drawn at step 0, the noise of the i-th executed step (from 0) at step i + 1
 
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -61,13 +63,24 @@ def normal(seeds: ArrayLike, indices: ArrayLike, step: ArrayLike, shape: Sequenc
 
     seeds, indices: whole numbers [B], 64 bits each; row b depends on (seeds[b], indices[b], step) alone.
     step: `INITIAL_STEP` for x_T, i + 1 for the i-th executed step; one for all rows, or one a row [B].
+    Raises Error for what is not a whole number of 64 bits.
     """
-    key = np.asarray(seeds).astype(np.int64).reshape(-1, 1)
-    index = np.asarray(indices).astype(np.int64).view(np.uint64).reshape(-1, 1)
+    key, index = _whole("seeds", seeds).reshape(-1, 1), _whole("indices", indices).view(np.uint64).reshape(-1, 1)
     element = np.arange(int(np.prod(shape)), dtype=np.uint64)[None]
     at = np.asarray(step).astype(np.uint64).reshape(-1, 1)
     words = philox(key, (element, at, index & _LOW, index >> _SHIFT))
     return torch.from_numpy(box_muller(words)).reshape(len(key), *shape)
+
+
+def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    """int64. NumPy makes float64, which holds 53 bits, of a list with numbers from 2^63 on and negative ones."""
+    array = np.asarray(values)
+    if array.dtype.kind in "iu":
+        return array.astype(np.int64)
+    numbers = [as_seed(value) for value in np.asarray(values, object).ravel()]
+    if None in numbers:
+        raise Error(f"{name} must be whole numbers of up to 64 bits, got {values!r}")
+    return np.array(numbers, np.int64)
 
 
 def as_seed(value: Any) -> int | None:

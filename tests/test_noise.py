@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 import torch
 
+from fastcfg.errors import Error
 from fastcfg.noise import INITIAL_STEP, as_seed, box_muller, normal, philox, philox_normal
 
 PUBLISHED = [  # Random123's kat_vectors: philox4x32 with 10 rounds: counter, key, result
@@ -111,6 +112,16 @@ def test_64_bits_of_seed_and_index_count():
     assert len({tuple(row.flatten().tolist()) for row in distinct}) == len(distinct)
     assert torch.equal(draw(-1), draw(2**64 - 1))  # the same 64 bits
     assert torch.equal(draw(-(2**63)), draw(2**63))
+
+
+def test_numbers_are_taken_exactly_or_not_at_all():
+    """NumPy makes float64 of a list with -1 and 2^63 + 1."""
+    mixed = normal([2**63 + 1, -1], [2**63 + 1, -1], 0, (8,))
+    each = [normal([number], [number], 0, (8,)) for number in (2**63 + 1, -1)]
+    assert torch.equal(mixed, torch.cat(each))
+    for name, seeds, indices in (("seeds", [1.5], [0]), ("seeds", [2**64], [0]), ("indices", [0], ["1"])):
+        with pytest.raises(Error, match=f"{name} must be whole numbers of up to 64 bits"):
+            normal(seeds, indices, 0, (8,))
 
 
 def test_distribution_is_standard_normal():
