@@ -35,7 +35,7 @@ from fastcfg.models.dit import (
 from fastcfg.noise import INITIAL_STEP, normal
 from fastcfg.plan import Plan
 
-TABLE_BYTES = 512 * 2**20  # of a hoisted table; a longer run hoists a window of steps at a time
+TABLE_BYTES = 512 * 2**20  # of a hoisted table, as far as its shortest window allows: a longer run hoists a window at a time
 HOIST_STEPS = 32  # steps in a product of `hoist` where its bits depend on its rows: windows begin at multiples of it
 
 
@@ -310,7 +310,7 @@ class FusedDiT:
         )
 
     def windows(self, labels: int) -> Iterator[range]:
-        """The plan's steps, as many at a time as `TABLE_BYTES` allows."""
+        """The plan's steps, as many at a time as `TABLE_BYTES` allows, and `HOIST_STEPS` at least."""
         row = self.table_width * (self.operations.table_dtype or self.dtype).itemsize * labels
         size = max(1, TABLE_BYTES // (row * HOIST_STEPS)) * HOIST_STEPS
         for start in range(0, self.plan.steps, size):
