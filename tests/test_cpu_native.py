@@ -284,6 +284,23 @@ def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(tmp_path: Path
 
 @needs_compiler
 @pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("barred", ["the temporary folder", "the cache"])
+def test_it_is_loaded_from_where_that_is_allowed(barred: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a folder is mounted noexec."""
+    declared, cache = cpu_native._declared, tmp_path / "cache"
+
+    def load(path: Path) -> object:
+        if path.is_relative_to(cache) == (barred == "the cache"):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return declared(path)
+
+    monkeypatch.setattr(cpu_native, "_declared", load)
+    monkeypatch.setattr(cpu_native, "FLAGS", (*FLAGS, "-O0"))  # in a third of the time
+    assert kernels().library is not None
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_uncompiled")
 def test_without_a_home_folder_it_is_compiled_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
 

@@ -123,14 +123,13 @@ def _compiled(command: list[str], path: Path | None) -> Any:
         )
         if done.returncode:
             raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0])
-        library = _declared(built)
-        if path is None:
-            return library
-        with contextlib.suppress(OSError, Error):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                shutil.copyfile(built, temporary)
-        return library
+        if path is not None:
+            with contextlib.suppress(OSError, Error):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    shutil.copyfile(built, temporary)
+                return _declared(path)  # from here if it can be: temporary folders are often mounted noexec
+        return _declared(built)
 
 
 def _declared(path: Path) -> Any:
