@@ -115,7 +115,7 @@ class Sampler:
     def __getstate__(self) -> dict[str, Any]:
         if self.engine.name != "reference":  # the others hold threads, or what lies on a device
             raise Error(f"a sampler on engine {self.engine.name!r} is neither pickled nor copied: make one in each process")
-        return self.__dict__
+        return self.__dict__ | {"_watch": None}  # what it took here is no other's, and on a GPU a stream and events
 
     def __call__(
         self,
