@@ -231,6 +231,5 @@ def _random(program: FusedDiT, rows: int) -> tuple[Tensor, Tensor]:
     """(tokens [rows, T, D], table [rows, W]) to try `program` on; the caller's random state is left alone."""
     generator = torch.Generator().manual_seed(0)
     config = program.config
-    single = {"generator": generator, "dtype": torch.float32}
-    tokens = torch.randn(rows, config.tokens, config.hidden_size, **single).to(program.dtype)
-    return tokens, torch.randn(rows, program.table_width, **single)
+    tokens = torch.randn(rows, config.tokens, config.hidden_size, generator=generator, dtype=torch.float32)
+    return tokens.to(program.dtype), torch.randn(rows, program.table_width, generator=generator, dtype=torch.float32)
