@@ -27,7 +27,7 @@ from fastcfg.models.denoiser import Denoiser
 from fastcfg.models.dit import DiT, DiTBlock
 from fastcfg.plan import Plan
 
-TOKENS_EACH = 16  # at least, of a thread in a team
+TOKENS_EACH = 16  # tokens that each thread of a team has at least
 NOISE_BYTES = 2**20  # of noise that is drawn before the steps that need it
 
 
@@ -172,7 +172,7 @@ class NativeDiT(FusedDiT):
     def _loop(
         self, piece: Samples, request: Request, window: range, table: Tensor, threads: int
     ) -> tuple[_Loop, dict[str, Tensor]]:
-        """(what `fastcfg_loop` is told of a piece, but for the steps and their noise; the tensors that it points to)."""
+        """(what `fastcfg_loop` is told of a piece, without the steps and their noise; the tensors that it points to)."""
         config, B, channels = self.config, len(piece.x), self.plan.guidance.channels
         piece.x = piece.x.contiguous()
         tensors = {
@@ -307,13 +307,13 @@ class _Team:
         library.fastcfg_team(self.place)
 
     def gather(self, tokens: int) -> int:
-        """How many helpers there will be, more than before where workers have nothing to do and there is enough for each."""
+        """Asks workers that have nothing to do, as long as there is enough for each; returns how many were asked so far."""
         while not self.full(tokens) and self.workers.offer(self._help) is not None:
             self._asked += 1
         return self._asked
 
     def full(self, tokens: int) -> bool:
-        """Whether there is no one else to ask: scratch memory is for `size` threads."""
+        """Whether no more may be asked: each thread needs `TOKENS_EACH`, and scratch memory is for `size` threads."""
         return self._asked >= min(tokens // TOKENS_EACH, self.size) - 1
 
     def _help(self) -> None:

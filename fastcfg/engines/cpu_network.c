@@ -155,7 +155,7 @@ typedef struct {
     long depth, T, D, H, heads, width, side, p, C, outputs;
 } Network;
 
-/* Where it works: for M = R T tokens, and a thread's own of y and attention. */
+/* Scratch memory: y and attention are a thread's own, the rest is for all M = R T tokens and shared. */
 typedef struct {
     float *stream, *qkv, *wide, *scale, *patches, *y, *attention;
     void *hidden, *normed;
@@ -481,6 +481,6 @@ void fastcfg_products(const Network *net, float *memory, long R, int attention) 
 /* The columns of a panel. */
 long fastcfg_columns(void) { return COLUMNS; }
 
-/* Whether products are worth taking: in float32, in int8. */
+/* Whether this library has fast products here: in float32 and bfloat16 (by FMA), in int8 (by VNNI). */
 int fastcfg_has_float32(void) { return HAS_FLOAT32; }
 int fastcfg_has_int8(void) { return HAS_INT8; }

@@ -38,9 +38,10 @@ def one_thread() -> Iterator[None]:
 
 
 def _name(threads: int) -> None:
-    """Makes `threads` the number that new threads begin with, as setting one's own does on the way: the caller keeps its own.
+    """Makes `threads` the number that new threads begin with, and leaves the caller's own as it is.
 
-    Otherwise a thread that the process starts meanwhile, for another request, would be at 1 for good.
+    torch.set_num_threads sets both, so another thread is made to call it. Otherwise a thread that the process starts
+    meanwhile, for another request, would be at 1 for good.
     """
     _NAMER.submit(torch.set_num_threads, threads).result()
 
@@ -73,8 +74,8 @@ class Workers:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """function of each item, in order; raises what the first of them raised, once all are done.
 
-        Interrupted, it leaves no work behind: what has begun is waited for, which may ask `check` now and then whether to go
-        on, and nothing else begins.
+        A caller that is interrupted while it waits leaves no work behind: no other task begins, and those under way are
+        waited for. A long one should ask `check` now and then, which ends it.
         """
         given: list[tuple[Future[Result], Callable[[], Result]]] = [(Future(), partial(function, item)) for item in items]
         futures = [future for future, _ in given]
