@@ -141,9 +141,9 @@ def read_table(path: Path) -> Table:
         table = Table(str(stored["gpu"]), str(stored["target"]), tuple(Entry(**entry) for entry in stored["entries"]))
         faults = [f"{entry.key}: {fault}" for entry in table.entries for fault in _faults(entry)]
         keys = [entry.key for entry in table.entries]
+        faults += [f"{twice}: more than one entry" for twice in dict.fromkeys(k for k in keys if keys.count(k) > 1)]
     except (KeyError, TypeError, AttributeError) as error:
         raise Error(f"the table of tuned kernels {path} is damaged: {type(error).__name__}: {error}") from error
-    faults += [f"{twice}: more than one entry" for twice in dict.fromkeys(k for k in keys if keys.count(k) > 1)]
     require(not faults, f"the table of tuned kernels {path} is damaged: {'; '.join(faults)}")
     return table
 

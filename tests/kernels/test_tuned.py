@@ -139,6 +139,9 @@ DAMAGE = {
     "no GPU": lambda stored: json.dumps({name: value for name, value in stored.items() if name != "gpu"}),
     "no list": lambda stored: json.dumps(stored | {"entries": 3}),
     "twice": lambda stored: json.dumps(stored | {"entries": stored["entries"] * 2}),
+    "twice, with a list for a size": lambda stored: json.dumps(
+        stored | {"entries": [stored["entries"][0] | {"shape": SHAPES["linear"] | {"N": [1152]}}] * 2}
+    ),
 }
 DAMAGED_ENTRY = {
     "unknown kernel": {"kernel": "softmax"},
