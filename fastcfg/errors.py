@@ -1,6 +1,8 @@
-"""The one family of exceptions that fastcfg raises for what a caller can put right, and a check that many need."""
+"""The one family of exceptions that fastcfg raises for what a caller can put right, and checks that many need."""
 
+import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,6 +28,24 @@ def as_whole(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def as_number(value: Any) -> float | None:
+    """`value` as a float if it is a number, but not NaN, of any library's (NumPy's, a tensor without dimensions), else None."""
+    if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", None) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor without values
+        return None
+    return None if math.isnan(number) else number
+
+
+def check_known(what: str, value: Any, known: Iterable[str], more: str = "") -> None:
+    """Raises Error unless `value` is one of the names `known`. what: is named; more: follows the names."""
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        raise Error(f"unknown {what} {value!r}: known are {', '.join(known)}{more}")
 
 
 def missing_extra(extra: str, purpose: str, cause: ImportError) -> Error:

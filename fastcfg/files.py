@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,8 +63,8 @@ def check_writable(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """Where a file is written before it is moved to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where a file is written before it is moved to `path`; each thread has its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
 @contextmanager

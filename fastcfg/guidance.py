@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastcfg.errors import Error, as_whole
+from fastcfg.errors import Error, as_number, as_whole
 from fastcfg.schedules import Array
 
 BASES = ("null", "conditional")
@@ -45,9 +45,10 @@ class Interval:
     def __post_init__(self) -> None:
         if self.unit not in ("timestep", "sigma"):
             raise Error(f"interval: unit must be 'timestep' or 'sigma', got {self.unit!r}")
-        for value in (self.lo, self.hi):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        for name, value in (("lo", self.lo), ("hi", self.hi)):
+            if (number := as_number(value)) is None or number < 0:
                 raise Error(f"interval: bounds must be numbers of at least 0, got {value!r}")
+            object.__setattr__(self, name, number)
         if self.lo > self.hi or (self.unit == "sigma" and self.lo == self.hi):
             raise Error(f"interval: the lower bound comes first and below the upper, got {self.lo} to {self.hi}")
 
@@ -92,9 +93,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", Interval.parse(self.interval))
-        phi, channels = self.rescale, self.channels
-        if isinstance(phi, bool) or not isinstance(phi, (int, float)) or not 0 <= phi <= 1:
-            raise Error(f"rescale must be a number in [0, 1], got {phi!r}")
+        phi, channels = as_number(self.rescale), self.channels
+        if phi is None or not 0 <= phi <= 1:
+            raise Error(f"rescale must be a number in [0, 1], got {self.rescale!r}")
+        object.__setattr__(self, "rescale", phi)
         if channels is not None:
             object.__setattr__(self, "channels", as_whole(channels))
             if self.channels is None or self.channels < 1:

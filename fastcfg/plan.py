@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_number, check_known
 from fastcfg.guidance import Guidance, Interval
 from fastcfg.schedules import Array, Schedule, timesteps
 from fastcfg.solvers import CLIPS, PREDICTIONS, SOLVERS, VARIANCES, Grid, Rows, eps_from
@@ -100,6 +100,7 @@ def make_plan(
     """
     guidance = guidance if guidance is not None else Guidance()
     _check(schedule, solver, predicts, eta, variance, clip)
+    eta = float(eta)
     positions = timesteps(spacing, schedule.T, steps, fractional=solver == "euler", open_end=solver == "dpmpp_2m")
     steps = len(positions)
     alpha, sigma = schedule.at(positions)
@@ -157,20 +158,17 @@ def gradient_column(grid: Grid) -> Array:
 def _check(schedule: Any, solver: str, predicts: str, eta: Any, variance: str, clip: Any) -> None:
     if not isinstance(schedule, Schedule):
         raise Error(f"schedule must be a fastcfg.Schedule, got {schedule!r}: fastcfg.schedule(name) makes one")
-    if solver not in SOLVERS:
-        raise Error(f"unknown solver {solver!r}: known are {', '.join(SOLVERS)}")
-    if predicts not in PREDICTIONS:
-        raise Error(f"unknown prediction {predicts!r}: known are {', '.join(PREDICTIONS)}")
+    check_known("solver", solver, SOLVERS)
+    check_known("prediction", predicts, PREDICTIONS)
     if (predicts == "flow") != (schedule.name == "flow"):
         raise Error(f"prediction 'flow' and schedule 'flow' go together, got {predicts!r} with {schedule.name!r}")
     if schedule.name == "flow" and solver != "euler":
         raise Error(f"a flow model is sampled with solver 'euler', got {solver!r}")
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+    if (number := as_number(eta)) is None or not 0 <= number <= 1:
         raise Error(f"eta must be a number in [0, 1], got {eta!r}")
-    if eta and solver != "ddim":
+    if number and solver != "ddim":
         raise Error(f"solver {solver!r} has no eta: only 'ddim' has, got {eta}")
-    if variance not in VARIANCES:
-        raise Error(f"unknown variance {variance!r}: known are {', '.join(VARIANCES)}")
+    check_known("variance", variance, VARIANCES)
     if variance != "posterior" and solver != "ddpm":
         raise Error(f"solver {solver!r} has no choice of variance: only 'ddpm' has, got {variance!r}")
     if not any(clip is known or (isinstance(clip, str) and clip == known) for known in CLIPS):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastcfg.errors import Error, as_whole
+from fastcfg.errors import Error, as_whole, check_known
 
 Array = NDArray[np.float64]
 
@@ -185,8 +185,7 @@ def schedule(name: str | Schedule, **parameters: Any) -> Schedule:
     """The schedule called `name` (one of `SCHEDULES`), or `name` itself if it is a Schedule already."""
     if isinstance(name, Schedule):
         return name
-    if name not in SCHEDULES:
-        raise Error(f"unknown schedule {name!r}: known are {', '.join(SCHEDULES)}")
+    check_known("schedule", name, SCHEDULES)
     asked = parameters.get("T", 1000)
     if (T := as_whole(asked)) is None or T < 2:
         raise Error(f"schedule {name!r}: T must be a whole number of at least 2, got {asked!r}")
@@ -277,8 +276,7 @@ def timesteps(
         raise Error(f"steps must be a whole number from 1 to the schedule's {T}, got {asked!r}")
     if not isinstance(spacing, str):
         return _given_timesteps(spacing, T, steps, fractional)
-    if spacing not in SPACINGS:
-        raise Error(f"unknown spacing {spacing!r}: known are {', '.join(SPACINGS)}, or the timesteps themselves")
+    check_known("spacing", spacing, SPACINGS, ", or the timesteps themselves")
     opened = open_end and spacing in ("leading", "linspace") and steps < T
     positions = SPACINGS[spacing](T, steps + 1 if opened else steps)[:steps]
     if not (fractional and spacing == "linspace"):

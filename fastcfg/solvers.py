@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, check_known
 from fastcfg.schedules import Array
 
 CLIPS = (False, True, "keep_eps")
@@ -40,8 +40,7 @@ class Grid:
     clip: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.predicts not in PREDICTIONS:
-            raise Error(f"unknown prediction {self.predicts!r}: known are {', '.join(PREDICTIONS)}")
+        check_known("prediction", self.predicts, PREDICTIONS)
 
     @property
     def here(self) -> Pair:

@@ -7,7 +7,9 @@ import errno
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +158,12 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "variance without ddpm": (lambda: sampler(variance="fixed_large"), ("'ddim'", "'ddpm'")),
     "unknown variance": (lambda: sampler(solver="ddpm", variance="huge"), ("'huge'", "posterior")),
     "variance not learned": (lambda: sampler(solver="ddpm", variance="learned_range"), ("predicts no variance",)),
+    "solver that is a list": (lambda: sampler(solver=["ddim"]), ("['ddim']", "dpmpp_2m")),
+    "engine that is a list": (lambda: sampler(engine=["cpu"]), ("['cpu']", "reference")),
+    "dtype that is a set": (lambda: sampler(dtype={"fp32"}), ("{'fp32'}", "bf16")),
+    "variance that is a list": (lambda: sampler(solver="ddpm", variance=[]), ("[]", "posterior")),
+    "prediction that is a list": (lambda: sampler(predicts=["v"]), ("['v']", "eps")),
+    "eta that is two": (lambda: sampler(eta=np.array([0.5, 0.5])), ("eta", "[0, 1]")),
     "unknown clip": (lambda: sampler(clip="hard"), ("'hard'", "keep_eps")),
     # guidance
     "interval upside down": (lambda: sampler(interval=(261, 100)), ("261", "100", "lower")),
@@ -386,6 +394,23 @@ def test_a_name_too_long_for_its_temporary_is_refused_before_the_work(tmp_path: 
     with pytest.raises(fastcfg.Error, match=r"cannot write .*: File name too long"), replacing(path) as temporary:
         temporary.write_bytes(b"")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_write_one_file_at_once_do_not_mix_their_bytes(tmp_path: Path) -> None:
+    """As when two threads compile the C at once: both are at it before either is done."""
+    path, both = tmp_path / "x", threading.Barrier(2, timeout=30)
+
+    def write(content: bytes) -> bytes:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+            both.wait()
+            return temporary.read_bytes()
+
+    contents = [b"one" * 1000, b"another" * 1000]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(write, contents)) == contents
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
 
 
 COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {

@@ -3,8 +3,9 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
-from fastcfg import Error, Guidance, make_plan, schedule
+from fastcfg import Error, Guidance, Interval, make_plan, schedule
 from fastcfg.plan import Plan
 from fastcfg.schedules import timesteps
 
@@ -21,6 +22,17 @@ def printed(made):
     cells = [line.split() for line in lines]
     assert all(len(row) == len(header.split()) for row in cells)
     return title, dict(zip(header.split(), zip(*cells, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor])
+def test_numbers_of_other_libraries_are_numbers(number):
+    value, low, high = float(number(0.1)), float(number(100)), float(number(900.5))
+    theirs = plan(eta=number(0.1), guidance=Guidance(rescale=number(0.1), interval=Interval(number(100), number(900.5))))
+    ours = plan(eta=value, guidance=Guidance(rescale=value, interval=Interval(low, high)))
+    assert str(theirs) == str(ours)
+    assert theirs.guidance == ours.guidance
+    assert repr(theirs.guidance) == repr(ours.guidance)
+    assert np.array_equal(theirs.rows.c_noise, ours.rows.c_noise)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 50])

@@ -12,7 +12,7 @@ from fastcfg.engines.base import Engine, Request
 from fastcfg.engines.cpu import make_cpu_engine
 from fastcfg.engines.fused_dit import is_plain_dit
 from fastcfg.engines.reference import ReferenceEngine
-from fastcfg.errors import Error
+from fastcfg.errors import Error, check_known
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.plan import Plan
 
@@ -52,10 +52,8 @@ def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str)
     "bf16", "fp16" or, where an engine has it, "int8"; or "auto": the model's own, but for a DiT on engines cpu, openvino and
     cuda what they say of None (fp32, or a lower one where the model keeps its quality in that).
     """
-    if name != "auto" and name not in ENGINES:
-        raise Error(f"unknown engine {name!r}: known are auto, {', '.join(ENGINES)}")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise Error(f"unknown dtype {dtype!r}: known are auto, {', '.join(DTYPES)}")
+    check_known("engine", name, ("auto", *ENGINES))
+    check_known("dtype", dtype, ("auto", *DTYPES))
     where = find_device("cpu" if name in ON_CPU and device == "auto" else device)
     if model.device.type == "meta" != where.type:
         raise Error(f"the model's weights are on the meta device, which holds no values: load them before sampling on {where}")

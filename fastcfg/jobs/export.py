@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, check_known
 from fastcfg.files import check_writable
 from fastcfg.jobs.dataset import image_layout
 from fastcfg.jobs.errors import JobError, StoppedError
@@ -56,8 +56,7 @@ def export(
     SIGINT or SIGTERM.
     """
     job, path = open_job(out), Path(path)
-    if format not in _WRITERS:
-        raise Error(f"unknown format {format!r}: known are {', '.join(_WRITERS)}")
+    check_known("format", format, _WRITERS)
     if not isinstance(shard_size, int) or isinstance(shard_size, bool) or shard_size < 1:
         raise Error(f"shard_size must be a whole number of at least 1, got {shard_size!r}")
     _check_pixels(job)

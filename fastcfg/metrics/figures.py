@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, check_known
 from fastcfg.metrics.accuracy import class_accuracy
 from fastcfg.metrics.arrays import SEED, Estimate, check_widths, generator
 from fastcfg.metrics.features import Features, Reference
@@ -83,8 +83,7 @@ def check(
     if metrics is None:
         return [name for name in METRICS if name not in lacking]
     for name in metrics:
-        if name not in METRICS:
-            raise Error(f"unknown metric {name!r}: known are {', '.join(METRICS)}")
+        check_known("metric", name, METRICS)
         if name in lacking:
             raise Error(f"{name} {lacking[name]}")
     return list(metrics)

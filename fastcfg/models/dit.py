@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.errors import Error, as_whole
+from fastcfg.errors import Error, as_whole, check_known
 
 CPU = torch.device("cpu")
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features in every official DiT
@@ -292,8 +292,7 @@ class DiT(nn.Module):
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> DiT:
         """One of the twelve published sizes, `DIT_NAMES` ("DiT-XL/2" .. "DiT-S/8"); overrides are DiTConfig fields."""
-        if name not in DIT_NAMES:
-            raise Error(f"unknown DiT size {name!r}: known are {', '.join(DIT_NAMES)}")
+        check_known("DiT size", name, DIT_NAMES)
         size, patch = name.removeprefix("DiT-").split("/")
         depth, hidden_size, num_heads = _SIZES[size]
         shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, check_known
 from fastcfg.schedules import SCHEDULES
 from fastcfg.solvers import PREDICTIONS
 
@@ -68,8 +68,7 @@ class RunConfig:
 
     def _check_names(self, **names: tuple[str, ...]) -> None:
         for name, known in names.items():
-            if getattr(self, name) not in known:
-                raise Error(f"train: unknown {name} {getattr(self, name)!r}: known are {', '.join(known)}")
+            check_known(name, getattr(self, name), known)
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) < high:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.errors import Error
+from fastcfg.errors import check_known
 from fastcfg.models.dit import DiT, DiTConfig
+from fastcfg.solvers import PREDICTIONS
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.run import Run
 
@@ -69,6 +70,7 @@ class Trainer(Run[DiT]):
 
 def prediction_target(predicts: str, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What the network is asked for: eps, x0, v = alpha eps - sigma x0 (2202.00512), or flow's eps - x0."""
+    check_known("prediction", predicts, PREDICTIONS)
     match predicts:
         case "eps":
             return eps
@@ -76,10 +78,8 @@ def prediction_target(predicts: str, x0: Tensor, eps: Tensor, alpha: Tensor, sig
             return x0
         case "v":
             return alpha * eps - sigma * x0
-        case "flow":
+        case _:  # "flow"
             return eps - x0
-        case _:
-            raise Error(f"unknown prediction {predicts!r}: known are eps, v, x0, flow")
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
