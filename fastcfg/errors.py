@@ -41,11 +41,11 @@ def as_number(value: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def check_known(what: str, value: Any, known: Iterable[str], more: str = "") -> None:
-    """Raises Error unless `value` is one of the names `known`. what: is named; more: follows the names."""
+def check_known(what: str, value: Any, known: Iterable[str], more: str = "", where: str = "") -> None:
+    """Raises Error unless `value` is one of the names `known`. what: is named; more: follows the names, `where` comes first."""
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
-        raise Error(f"unknown {what} {value!r}: known are {', '.join(known)}{more}")
+        raise Error(f"{where}unknown {what} {value!r}: known are {', '.join(known)}{more}")
 
 
 def missing_extra(extra: str, purpose: str, cause: ImportError) -> Error:

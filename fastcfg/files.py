@@ -89,6 +89,18 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Makes one Error that names `what` is read of whatever its decoder raises."""
+    try:
+        yield
+    except Error:
+        raise
+    except Exception as error:  # zipfile, zlib, numpy and Pillow meet damaged bytes with exceptions of any kind
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise Error(f"cannot read {what}: {reason}") from error
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and moves the result to `path`."""
     check_writable(path)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastcfg.errors import Error, missing_extra
-from fastcfg.files import is_dir, write_file, write_safetensors
+from fastcfg.files import is_dir, reading, write_file, write_safetensors
 
 SUFFIXES = (".png", ".npz", ".safetensors")
 CELL = 64  # least width of a grid's cell, in pixels
@@ -30,17 +30,11 @@ def read_image(file: Path, shape: tuple[int, ...] | None = None) -> NDArray[np.u
 
     A grey image becomes three channels where `shape` has three. Raises Error for more than 8 bits a channel.
     """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise Error(f"{file} has more than 8 bits a channel (mode {image.mode}): want 8")
-            grey = image.mode in ("1", "L") and (shape is None or shape[2] == 1)
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except Error:
-        raise
-    except Exception as error:  # Pillow meets damaged bytes with exceptions of any kind
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise Error(f"cannot read the image {file}: {reason}") from error
+    with reading(f"the image {file}"), Image.open(file) as image:
+        if image.mode.startswith(("I", "F")):
+            raise Error(f"{file} has more than 8 bits a channel (mode {image.mode}): want 8")
+        grey = image.mode in ("1", "L") and (shape is None or shape[2] == 1)
+        pixels = np.asarray(image.convert("L" if grey else "RGB"))
     pixels = pixels[..., None] if grey else pixels
     if shape is not None and pixels.shape != shape:
         raise Error(f"{file} is {list(pixels.shape)}, but the first image is {list(shape)} (H, W, C)")

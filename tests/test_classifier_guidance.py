@@ -360,7 +360,7 @@ def test_a_sampler_may_be_made_and_refreshed_in_inference_mode(dtype: torch.dtyp
     assert all(torch.equal(sampler([1, 2], seeds=SEED), want) for sampler in samplers)
 
 
-def test_torchs_default_dtype_does_not_matter() -> None:
+def test_torchs_default_dtype_does_not_matter(default_dtype: Callable) -> None:
     model, classifier = random_model(), a_classifier()
 
     def samples() -> Tensor:
@@ -368,11 +368,8 @@ def test_torchs_default_dtype_does_not_matter() -> None:
         return Sampler(model, steps=2, engine="reference", classifier_guidance=asked)([1, 2], seeds=SEED)
 
     want = samples()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         got = samples()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert torch.equal(got, want)
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -461,7 +461,9 @@ def test_a_run_leaves_the_callers_settings_alone() -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_torchs_default_dtype_does_not_matter(dtype: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_default_dtype_does_not_matter(
+    dtype: str, native: bool, default_dtype: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The compiled library takes buffers by their address, and would write past the end of one of another dtype."""
     if not native:
         monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
@@ -472,11 +474,8 @@ def test_torchs_default_dtype_does_not_matter(dtype: str, native: bool, monkeypa
         return made([0, 1], scale=2.0), made.predict(x, t, [1])
 
     want = results()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         got = results()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert {value.dtype for value in got} == {torch.float32}
     assert all(map(torch.equal, got, want))
 

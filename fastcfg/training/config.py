@@ -68,7 +68,7 @@ class RunConfig:
 
     def _check_names(self, **names: tuple[str, ...]) -> None:
         for name, known in names.items():
-            check_known(name, getattr(self, name), known)
+            check_known(name, getattr(self, name), known, where="train: ")
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) < high:

@@ -7,8 +7,6 @@ import hashlib
 import math
 import struct
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastcfg.errors import Error
+from fastcfg.files import reading
 from fastcfg.images import read_image
 
 MOST_CLASSES = 1_000_000  # where no names say how many there are: one damaged label is not to fill the memory
@@ -91,21 +90,9 @@ def _load(path: Path, split: str) -> ImageData:
     return _load_folder(path)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Makes one Error that names `path` of whatever its decoder raises."""
-    try:
-        yield
-    except Error:
-        raise
-    except Exception as error:  # zipfile, zlib, numpy and Pillow meet damaged bytes with exceptions of any kind
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise Error(f"cannot read {path}: {reason}") from error
-
-
 def _read_idx(path: Path, rank: int) -> NDArray[np.uint8]:
     """One IDX file of bytes (LeCun's format: two zero bytes, type 8, rank, big-endian sizes, data), gzipped or not."""
-    with _reading(path):
+    with reading(str(path)):
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     start = 4 + 4 * rank
     if data[:4] != bytes((0, 0, 8, rank)) or len(data) < start:
@@ -135,7 +122,7 @@ def _load_idx(folder: Path, split: str) -> ImageData:
 
 
 def _load_npz(path: Path) -> ImageData:
-    with _reading(path), open(path, "rb") as file:
+    with reading(str(path)), open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
             raise Error(f"{path} is not an npz: no zip archive, or one that is cut short")
         file.seek(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -112,13 +112,13 @@ def listened(crew: ray_runner._Crew) -> list[Outcome | Sampled]:
     return list(crew.listen())
 
 
-def begun(ray: StandIn, crew: ray_runner._Crew, processor: str | None = None) -> Iterator[Actor]:
+def begun(ray: StandIn, crew: ray_runner._Crew, processor: str | None = None) -> list[Actor]:
     """The crew's actors, which have started."""
     crew.look()
     for actor in ray.started:
         ray.answer(actor.last("start"), processor or crew.job.resolved.processor)
     assert listened(crew) == []
-    return iter(ray.started)
+    return ray.started
 
 
 def test_every_node_has_one_actor_and_one_that_joins_gets_its_own(ray: StandIn, crew: ray_runner._Crew) -> None:
@@ -173,7 +173,7 @@ def test_a_node_that_is_taken_by_others_is_noted_once(
 def test_a_worker_that_works_for_long_is_not_waited_for(
     ray: StandIn, crew: ray_runner._Crew, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    list(begun(ray, crew))
+    begun(ray, crew)
     ray.clock = 100.0
     crew.look()
     assert capsys.readouterr().err == ""
@@ -286,7 +286,7 @@ def test_another_processor_is_mentioned_once(
     same: bool, ray: StandIn, crew: ray_runner._Crew, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = crew.job.resolved.processor if same else "an abacus"
-    list(begun(ray, crew, there))
+    begun(ray, crew, there)
     told = capsys.readouterr().err.splitlines()
     assert [("host-a is an abacus" in line, "host-b is an abacus" in line) for line in told] == (
         [] if same else [(True, False), (False, True)]

@@ -162,16 +162,13 @@ def test_the_callers_modes_leave_no_trace():
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_torchs_default_dtype_does_not_matter(foreign):
+def test_torchs_default_dtype_does_not_matter(foreign, default_dtype):
     make = foreign_sampler if foreign else lambda **options: sampler(random_dit(depth=1), **options)
     options = {"steps": 2, "rescale": 0.5}
     want = make(**options)([1, 4], 3.0)
     made = make(**options)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         got = made([1, 4], 3.0)
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
 

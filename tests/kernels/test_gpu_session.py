@@ -81,17 +81,33 @@ def test_the_tuned_table_says_where_it_was_measured_and_is_used(dry_run, monkeyp
     assert launched[0] == entry.config != launched[1]
 
 
+def planted(
+    out: Path, program: str, sections: list[str], seconds: int = 99, timeout: float | None = None
+) -> subprocess.CompletedProcess:
+    """A dry run of these sections for which `program` has changed what `gpu.speed` holds."""
+    arguments = ["session", "--dry-run", "--here", str(seconds), "--out", str(out), "--sections", *sections]
+    code = f"""
+import runpy, sys, time
+sys.argv = {arguments!r}
+sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]
+from gpu import speed
+{program}
+runpy.run_path({str(SESSION)!r}, run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+
+
 def test_a_section_that_fails_is_a_row_and_the_others_go_on(tmp_path):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['session', '--dry-run', '--here', '99', '--out', {str(tmp_path)!r}, '--sections', 'ceilings', 'eager']\n"
-        f"sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]\n"
-        "from gpu import speed\n"
-        "def broken(session): raise ValueError('planted')\n"
-        "speed.ceilings = broken\n"
-        f"runpy.run_path({str(SESSION)!r}, run_name='__main__')"
+    done = planted(
+        tmp_path,
+        """
+def broken(session):
+    raise ValueError("planted")
+
+speed.ceilings = broken
+""",
+        ["ceilings", "eager"],
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     rows = list(csv.DictReader((tmp_path / "dry-run.csv").open()))
     assert done.returncode == 1
     assert [row["value"] for row in rows if row["unit"] == "error"] == ["ValueError: planted"]
@@ -100,15 +116,7 @@ def test_a_section_that_fails_is_a_row_and_the_others_go_on(tmp_path):
 
 @pytest.mark.parametrize("verdict", ["relative, EXCEEDS", "bits DIFFER"])
 def test_a_check_that_does_not_hold_ends_the_session_with_1(tmp_path, verdict):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['session', '--dry-run', '--here', '99', '--out', {str(tmp_path)!r}, '--sections', 'ceilings']\n"
-        f"sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]\n"
-        "from gpu import speed\n"
-        f"speed.ceilings = lambda session: session.report.row('planted', 3.5, {verdict!r})\n"
-        f"runpy.run_path({str(SESSION)!r}, run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = planted(tmp_path, f"speed.ceilings = lambda session: session.report.row('planted', 3.5, {verdict!r})", ["ceilings"])
     assert done.returncode == 1
     assert "0 sections failed, 1 checks did not hold\nceilings,planted," in done.stdout
 
@@ -270,19 +278,22 @@ def test_a_section_lost_before_any_row_is_the_first(dry_run, tmp_path):
 
 
 def test_running_out_of_time_goes_through_what_catches_exceptions(tmp_path):
-    code = (
-        "import runpy, sys, time\n"
-        f"sys.argv = ['session', '--dry-run', '--here', '1', '--out', {str(tmp_path)!r}, '--sections', 'ceilings', 'eager']\n"
-        f"sys.path[:0] = [{str(SESSION.parents[1])!r}, {str(SESSION.parent)!r}]\n"
-        "from gpu import speed\n"
-        "def patient(session):\n"
-        "    while True:\n"
-        "        try: time.sleep(30)\n"
-        "        except Exception: pass\n"
-        "speed.ceilings = patient\n"
-        f"runpy.run_path({str(SESSION)!r}, run_name='__main__')"
+    done = planted(
+        tmp_path,
+        """
+def patient(session):
+    while True:
+        try:
+            time.sleep(30)
+        except Exception:
+            pass
+
+speed.ceilings = patient
+""",
+        ["ceilings", "eager"],
+        seconds=1,
+        timeout=60,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     rows = [(row["section"], row["value"]) for row in csv.DictReader((tmp_path / "dry-run.csv").open())]
     assert done.returncode == 0, done.stderr
     assert ("ceilings", "stopped after 1 s") in rows
