@@ -135,7 +135,7 @@ def _group_lives(pid: int) -> bool:
 
 
 def test_two_runs_at_once_share_the_units(start: Start, write_spec: WriteSpec, tmp_path: Path) -> None:
-    spec = str(write_spec(count=120, steps=10))  # 40 units
+    spec = str(write_spec(count=120, steps=30))  # 40 units, long enough that a run that starts late finds some
     out, whole = tmp_path / "job", tmp_path / "whole"
     assert start(["job", "run", spec, "--out", str(whole)]).wait() == 0
     both = [start(["job", "run", spec, "--out", str(out)], log=tmp_path / f"log{i}") for i in range(2)]
