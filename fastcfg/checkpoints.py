@@ -24,6 +24,9 @@ from fastcfg.solvers import CLIPS, PREDICTIONS
 
 SHIPPED = ("fashion-mnist",)
 FORMAT = "fastcfg-1"
+DIFFUSERS = ("DiTTransformer2DModel", "Transformer2DModel")  # its name now, and as the published DiT-XL folders have it
+# What else in a scheduler's config makes other noise levels than its betas
+ALTERED = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas", "snr_shift_scale")
 
 
 def load(name: str | Path, device: str | torch.device = "cpu") -> Denoiser:
@@ -131,9 +134,14 @@ def _load_official(path: Path) -> Denoiser:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             state = content[key]
             break
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise Error(f"{path} holds no state dict of tensors (at top level or under 'ema')")
+    state = _state_dict(path, state, " (at top level or under 'ema')")
     return describe_dit(build_dit(infer_config(state, str(path)), state, str(path)), latent=True)
+
+
+def _state_dict(path: Path, content: Any, where: str = "") -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise Error(f"{path} holds no state dict of tensors{where}")
+    return content
 
 
 def infer_config(state: Mapping[str, Tensor], source: str) -> DiTConfig:
@@ -171,22 +179,9 @@ def _load_diffusers(path: Path) -> Denoiser:
     if is_file(ours) and not is_file(folder / "config.json"):
         raise Error(f"{path} is no diffusers folder, since it has no config.json: name the model in it, {ours}")
     config = _read_json(folder / "config.json")
-    if config.get("_class_name") != "DiTTransformer2DModel":
-        raise Error(f"{folder} holds a {config.get('_class_name')}: want a DiTTransformer2DModel")
-    single, index = (
-        folder / "diffusion_pytorch_model.safetensors",
-        folder / "diffusion_pytorch_model.safetensors.index.json",
-    )
-    if is_file(single):
-        tensors, _ = read_safetensors(single)
-    elif is_file(index):
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise Error(f"{index} has no weight_map: want the index that diffusers writes beside its shards")
-        shards = sorted({str(shard) for shard in weight_map.values()})
-        tensors = {k: v for shard in shards for k, v in read_safetensors(folder / Path(shard).name)[0].items()}
-    else:
-        raise Error(f"{folder} has no {single.name}: save it from diffusers with safe_serialization=True")
+    if config.get("_class_name") not in DIFFUSERS:
+        raise Error(f"{folder} holds a {config.get('_class_name')}: want a {DIFFUSERS[0]}")
+    tensors = _read_diffusers(folder)
     try:
         dit_config, state = dit_from_diffusers(config, tensors)
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -196,18 +191,34 @@ def _load_diffusers(path: Path) -> Denoiser:
     return describe_dit(build_dit(dit_config, state, str(folder)), latent=True, **others)
 
 
-def _schedule_of(config: dict[str, Any]) -> dict[str, Any]:
-    """schedule and prediction from a diffusers scheduler's config; what would change the noise levels is refused."""
-    name = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(
-        str(config.get("beta_schedule", "linear"))
+def _read_diffusers(folder: Path) -> dict[str, Tensor]:
+    """The weights in a model's folder: one safetensors file, several with an index, or a pickle, as older folders have it."""
+    single, index, pickled = (
+        folder / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "safetensors.index.json", "bin")
     )
-    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(str(config.get("prediction_type", "epsilon")))
-    kind = str(config.get("_class_name", ""))
-    altered = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr") or kind.startswith("FlowMatch")
+    if is_file(single):
+        return read_safetensors(single)[0]
+    if is_file(index):
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise Error(f"{index} has no weight_map: want the index that diffusers writes beside its shards")
+        shards = sorted({str(shard) for shard in weight_map.values()})
+        return {k: v for shard in shards for k, v in read_safetensors(folder / Path(shard).name)[0].items()}
+    if is_file(pickled):
+        return _state_dict(pickled, read_pickle(pickled))
+    raise Error(f"{folder} has no {single.name}: save it from diffusers with safe_serialization=True")
+
+
+def _schedule_of(config: dict[str, Any]) -> dict[str, Any]:
+    """schedule and prediction from a diffusers scheduler's config; what has no betas, or would change them, is refused."""
+    betas, prediction = config.get("beta_schedule"), config.get("prediction_type", "epsilon")
+    name = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(str(betas))
+    predicts = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(str(prediction))
+    altered = [key for key in ALTERED if config.get(key) not in (None, False)]
     if name is None or predicts is None or altered:
         raise Error(
-            f"the scheduler's config is not one fastcfg knows: {kind}, beta_schedule {config.get('beta_schedule')!r}, "
-            f"prediction_type {config.get('prediction_type')!r}, trained or rescaled betas"
+            f"the scheduler's config is not one fastcfg knows: {config.get('_class_name')}, beta_schedule {betas!r}, "
+            f"prediction_type {prediction!r}" + "".join(f", {key} {config[key]!r:.100}" for key in altered)
         )
     parameters = {"name": name, "T": config.get("num_train_timesteps", 1000)}
     if name != "cosine":
