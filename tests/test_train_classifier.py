@@ -111,6 +111,22 @@ def test_resumed_run_equals_uninterrupted_one(data: Path, tmp_path: Path) -> Non
     assert [int(row["step"]) for row in logs[0]] == [20, 40, 60]
 
 
+def test_kill_between_the_last_files_loses_neither(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("classifier.save_classifier", "run.save_state"):
+        out = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastcfg.training.{name}", kill)
+            with pytest.raises(KeyboardInterrupt):
+                trainer(data, out, images=64).train()
+        again = trainer(data, out, images=64)
+        again.train()
+        kept = load_classifier(again.classifier_path).state_dict()
+        assert all(torch.equal(value, kept[key]) for key, value in again.ema.state_dict().items()), name
+
+
 def test_the_file_is_the_averaged_weights_and_says_how_they_came_about(data: Path, tmp_path: Path) -> None:
     made = trainer(data, tmp_path / "run", images=64, schedule="linear")
     made.train()

@@ -178,6 +178,27 @@ def test_kill_loses_at_most_one_interval(tmp_path: Path) -> None:
     assert logged == list(range(20, 1001, 20))
 
 
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize("images", [32, 96])
+def test_kill_between_state_and_model_leaves_the_model_to_the_next_run(
+    images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 4, amid the run or its last: the same command makes what was to follow the state there."""
+    arguments, out = flags(tmp_path, images=images, sample_every=4), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("fastcfg.training.report.ema_model", _kill)
+        assert CliRunner().invoke(main, arguments).exit_code == 130
+    assert {path.name for path in out.iterdir()} == {"state.safetensors", "log.csv"}
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    grids = [f"samples-{step:06}.png" for step in range(4, images // 8 + 1, 4)]
+    assert {path.name for path in out.glob("*s*.png")} == {*grids, *(["loss.png"] if len(grids) > 1 else [])}
+    assert fastcfg.load(out / "model.safetensors").training["images_seen"] == images
+
+
+def _kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_another_run_is_not_continued(data: Path, tmp_path: Path) -> None:
     trainer(data, tmp_path / "run").save()
     with pytest.raises(fastcfg.Error, match=r"lr was 0\.002, now 0\.1"):

@@ -37,9 +37,9 @@ class ClassifierTrainer(Run[Classifier]):
         return self.out / "classifier.safetensors"
 
     def save(self) -> None:
-        super().save()
         seen = {"step": self.step, "images_seen": self.step * self.config.batch}
         save_classifier(self.ema, self.classifier_path, {**self.config.to_json(), **seen})
+        super().save()  # last: a run whose state is its last one is not gone on with
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, labels, t) of a step."""

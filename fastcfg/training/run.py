@@ -96,6 +96,8 @@ class Run(ABC, Generic[Model]):
     def train(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains to the end, saving every `save_every` steps."""
         self._trim_log()
+        if self.step:
+            after_step()  # a kill may have come between the state and what follows it
         if self.step < self.config.steps:  # a run that has ended compiles nothing
             self._choose_arithmetic()
         start, losses = time.perf_counter(), []
