@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastcfg.noise import INITIAL_STEP, normal
 
 if TYPE_CHECKING:
     from fastcfg.sampler import Sampler
+    from fastcfg.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,16 @@ def guidance_geometry(eps_null: Tensor, eps_y: Tensor, scales: Sequence[float]) 
 def plot_geometry(
     sampler: Sampler, x0: Tensor, label: int, t: int, scales: Sequence[float], seed: int, path: Path, title: str
 ) -> Geometry:
-    """Noises x0 [C, H, W] to timestep t, asks the model for eps_null and eps_y there, draws both and what guidance makes of
-    them, with the images of x0 that each stands for.
+    """Noises x0 [C, H, W] to timestep t, as the model counts, asks it for eps_null and eps_y there, draws both and what
+    guidance makes of them, with the images of x0 that each stands for.
     """
     plt = pyplot()
     schedule = sampler.model.schedule
     if sampler.model.predicts != "eps":
         raise Error(f"the picture is of eps predictions, but the model predicts {sampler.model.predicts}")
-    if not 0 <= t < schedule.T:
-        raise Error(f"timestep {t} is out of range: 0..{schedule.T - 1}")
-    alpha, sigma = float(schedule.alpha[t]), float(schedule.sigma[t])
+    check_geometry(schedule, t, scales)
+    index = t - int(schedule.time_offset)
+    alpha, sigma = float(schedule.alpha[index]), float(schedule.sigma[index])
     x_t = alpha * x0 + sigma * normal([seed], [0], INITIAL_STEP, x0.shape)[0]
     times = torch.tensor([t])
     eps_y = sampler.predict(x_t[None], times, [label])[0].cpu()[: len(x0)]
@@ -77,6 +79,15 @@ def plot_geometry(
     write_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)
     return geometry
+
+
+def check_geometry(schedule: Schedule, t: int, scales: Sequence[float]) -> None:
+    """Raises Error for a t that `schedule` does not have, as the model counts timesteps, and for scales that are not finite."""
+    first = int(schedule.time_offset)
+    if not first <= t < schedule.T + first:
+        raise Error(f"timestep {t} is out of range: {first}..{schedule.T - 1 + first}")
+    if not all(math.isfinite(s) for s in scales):
+        raise Error(f"scales must be finite, got {', '.join(f'{s:g}' for s in scales)}")
 
 
 def _draw_plane(axes: Any, geometry: Geometry) -> None:

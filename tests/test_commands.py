@@ -214,6 +214,19 @@ def test_geometry_of_a_model_without_it_is_refused_before_the_sampling(
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "says"), [(("--timestep", 1000), "timestep 1000 is out of range: 0..999"), (("--scale", "1,inf"), "got 1, inf")]
+)
+def test_geometry_that_cannot_be_drawn_is_refused_before_the_sampling(
+    option: tuple[object, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastcfg.Sampler, "__call__", lambda *_, **__: pytest.fail("it sampled"))
+    result = CliRunner().invoke(main, ["plot", "geometry", *map(str, option), "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_geometry_of_a_label_that_only_the_data_has_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", images=np.zeros((1, 28, 28), np.uint8), labels=[11])
     arguments = ("plot", "geometry", "--label", 11, "--data", tmp_path / "data.npz", "--out", tmp_path / "x.png")

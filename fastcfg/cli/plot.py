@@ -11,7 +11,7 @@ from fastcfg.checkpoints import load
 from fastcfg.cli.options import out_path, parse_numbers
 from fastcfg.errors import Error
 from fastcfg.files import check_writable
-from fastcfg.plots import plot_geometry
+from fastcfg.plots import check_geometry, plot_geometry
 from fastcfg.sampler import Sampler
 from fastcfg.training.data import load_data
 
@@ -46,6 +46,7 @@ def geometry(
         raise Error(f"the picture is of eps predictions, but {checkpoint} predicts {model.predicts}: name a model of eps")
     if model.null_label is None:
         raise Error(f"the picture is of eps_null, but {checkpoint} has no null label: name a model trained with label dropout")
+    check_geometry(model.schedule, timestep, scales)
     sampler = Sampler(model, steps=25, batch=1)
     if data is None:
         x0 = sampler([label], 1.0, seed)[0].cpu()
