@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastcfg.engines.choice import memory_path
 from fastcfg.errors import Error
@@ -57,8 +58,9 @@ def extract(images: Images, network: FeatureNetwork, on_batch: OnBatch | None = 
     for pixels in images.read(network.batch):
         batch = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(network.device)
         own, scores = network.forward(batch)
-        if own.shape[:1] != batch.shape[:1] or own.ndim != 2:
-            raise Error(f"{network.name} must give features [n, D] for n images, got {list(own.shape)} for {len(batch)}")
+        _check_rows(f"{network.name} must give features [n, D]", own, len(batch))
+        if scores is not None:
+            _check_rows(f"{network.name} must give logits [n, K]", scores, len(batch))
         values.append(own.float().cpu().numpy())
         logits += [] if scores is None else [scores.float().cpu().numpy()]
         if on_batch is not None:
@@ -67,6 +69,12 @@ def extract(images: Images, network: FeatureNetwork, on_batch: OnBatch | None = 
         raise Error(f"{images.name} has no images")
     joined = np.concatenate(logits) if logits else None
     return Features(np.concatenate(values), joined, images.labels, network.judges_labels)
+
+
+def _check_rows(what: str, rows: Any, count: int) -> None:
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != count:
+        got = str(list(rows.shape)) if isinstance(rows, Tensor) else type(rows).__name__
+        raise Error(f"{what}, a tensor, for n images, got {got} for {count}")
 
 
 def preview(images: Images, network: FeatureNetwork) -> Features:

@@ -12,6 +12,8 @@ from fastcfg.metrics.arrays import as_features
 def within_class_distance(features: ArrayLike, labels: NDArray[np.integer]) -> float:
     """Mean Euclidean distance between two different rows of `features` [N, D] with one label, averaged over labels [N]."""
     x = as_features(features)
+    if np.shape(labels) != x.shape[:1]:
+        raise Error(f"variety needs one label a row: labels {list(np.shape(labels))} for features {list(x.shape)}")
     means = []
     for label in np.unique(labels):
         own = x[labels == label]

@@ -32,23 +32,34 @@ def reference(n: int = 80, width: int = 6) -> m.Reference:
     return m.Reference(m.moments(x), x, n)
 
 
-def test_every_figure_is_that_of_its_own_function() -> None:
+@pytest.mark.parametrize("seed", [m.SEED, 7])
+def test_every_figure_is_that_of_its_own_function(seed: int) -> None:
     samples, other = judged(), reference()
-    found = {figure.name: figure for figure in m.evaluate(samples, other, bootstrap=10)}
+    found = {figure.name: figure for figure in m.evaluate(samples, other, bootstrap=10, seed=seed)}
     assert tuple(found) == m.METRICS
     x, y = samples.values, other.features
     whole = m.manifold(x, y)
     expected = {
-        "frechet_distance": (m.frechet_distance(x, y), m.frechet_error(x, y, 10)),
-        "kid": m.kid(x, y, subset_size=60),
-        "inception_score": (m.inception_score(samples.logits), m.inception_score_error(samples.logits, resamples=10)),
+        "frechet_distance": (m.frechet_distance(x, y), m.frechet_error(x, y, 10, seed)),
+        "kid": m.kid(x, y, subset_size=60, seed=seed),
+        "inception_score": (
+            m.inception_score(samples.logits, seed=seed),
+            m.inception_score_error(samples.logits, resamples=10, seed=seed),
+        ),
         **whole._asdict(),
         "class_accuracy": (1.0, 0.0),
     }
     for name, figure in found.items():
-        assert tuple(figure.estimate) == pytest.approx(tuple(expected[name])), name
+        assert tuple(figure.estimate) == pytest.approx(tuple(expected[name]), rel=1e-9), name
         assert figure.samples == 60
         assert figure.reference == (0 if name in ("inception_score", "class_accuracy") else 80)
+
+
+@pytest.mark.parametrize(("width", "resamples"), [(512, 100), (513, 20)])
+def test_wide_features_are_resampled_less(width: int, resamples: int) -> None:
+    (figure,) = m.evaluate(features(8, width), reference(9, width), ["frechet_distance"])
+    error = m.frechet_error(features(8, width).values, reference(9, width).moments, resamples)
+    assert figure.estimate.error == pytest.approx(error, rel=1e-9)
 
 
 def test_metrics_by_name_come_in_that_order() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,8 +173,16 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_networks_and_images_that_give_no_features_are_refused() -> None:
-    with pytest.raises(Error, match=r"features \[n, D\] for n images, got \[30, 1, 2, 2\] for 30"):
-        extract(from_arrays(pictures()), as_network(lambda x: x))
+    cases: dict[Callable[[Tensor], Any], str] = {
+        lambda x: x: r"features \[n, D\], a tensor, for n images, got \[30, 1, 2, 2\] for 30",
+        lambda x: x.flatten(1)[:3]: r"features .* got \[3, 4\] for 30",
+        lambda x: x.flatten(1).numpy(): "features .* got ndarray for 30",
+        lambda x: (x.flatten(1), x.flatten(1).numpy()): r"logits \[n, K\], a tensor, for n images, got ndarray for 30",
+        lambda x: (x.flatten(1), x.flatten()): r"logits .* got \[120\] for 30",
+    }
+    for features, message in cases.items():
+        with pytest.raises(Error, match=message):
+            extract(from_arrays(pictures()), as_network(features))
     with pytest.raises(Error, match="nothing has no images"):
         extract(replace(from_arrays(pictures()), name="nothing", read=lambda batch: iter(())), counting()[0])
     with pytest.raises(Error, match="nothing has no images"):

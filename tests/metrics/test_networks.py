@@ -124,6 +124,13 @@ def test_torchscript_of_another_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_saved_in_training_mode_judges_without_dropout(tmp_path: Path) -> None:
+    network = load_network(scripted(nn.Sequential(Flat(), nn.Dropout(0.5)).train(), tmp_path / "dropout.pt"))
+    images = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)
+    assert torch.equal(network.forward(images)[0], images.flatten(1).float())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_that_cannot_take_the_images(tmp_path: Path) -> None:
     network = load_network(scripted(nn.Sequential(nn.Linear(7, 2)), tmp_path / "linear.pt"))
     with pytest.raises(Error, match="could not be called with images of 1 x 4 x 4"):

@@ -100,3 +100,5 @@ def test_within_class_distance_by_hand() -> None:
     assert within_class_distance(np.full((2, 3), 0.1), np.zeros(2, int)) == pytest.approx(0, abs=1e-7)
     with pytest.raises(Error, match="at least two samples"):
         within_class_distance(features, np.arange(5))
+    with pytest.raises(Error, match=r"one label a row: labels \[4\] for features \[5, 2\]"):
+        within_class_distance(features, labels[:4])

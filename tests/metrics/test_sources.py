@@ -123,6 +123,7 @@ def test_folder_of_images(tmp_path: Path) -> None:
     found = open_images(tmp_path)
     assert found.labels.tolist() == [0, 0, 10, 10, 20, 20]
     assert np.array_equal(everything(found), images)
+    assert open_images(tmp_path / "20").labels is None, "a folder that is named is no class"
     (tmp_path / "10").rename(tmp_path / "ten")
     assert open_images(tmp_path).labels is None
 
