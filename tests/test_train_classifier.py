@@ -163,6 +163,26 @@ def test_noisy_images_are_q_of_x_t(data: Path, tmp_path: Path) -> None:
     assert abs(t.double().mean() - 499.5) < 4 * 288.7 / math.sqrt(6000)
 
 
+def test_a_classifier_is_given_its_schedules_own_times(data: Path, tmp_path: Path) -> None:
+    """Flow's are one above the table's positions, in training and where the averaged weights' accuracy is measured."""
+    made, seen = trainer(data, tmp_path / "run", schedule="flow"), []
+    made._forward = lambda x, t: seen.append(t) or made.model(x, t)
+    made._loss(0)
+    assert torch.equal(seen[0], made.batch(0)[2] + 1)
+    asked = set()
+
+    class Guess(nn.Module):
+        """Class 1, whatever it sees."""
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            asked.update(t.tolist())
+            return torch.tensor([0.0, 1.0]).expand(len(x), 2)
+
+    made.ema = Guess()  # type: ignore[assignment]
+    assert made._figures() == [float(made.held.labels.mean())] * len(LEVELS)
+    assert asked == {level + 1 for level in LEVELS}
+
+
 def test_another_run_is_not_continued(data: Path, tmp_path: Path) -> None:
     trainer(data, tmp_path / "run").save()
     with pytest.raises(Error, match="width was 8, now 16"):

@@ -6,6 +6,7 @@ import errno
 import gzip
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -108,6 +109,51 @@ def test_an_epoch_shows_every_image_once(data: Path, tmp_path: Path) -> None:
     shown = torch.cat([run.batch(step)[0] for step in range(8)])
     everything = torch.from_numpy(load_data(data).images).float() / 127.5 - 1
     assert torch.equal(shown.flatten(1).sum(1).sort().values, everything.flatten(1).sum(1).sort().values)
+
+
+def test_steps_epochs_and_seeds_draw_anew(data: Path, tmp_path: Path) -> None:
+    run, other = trainer(data, tmp_path / "run"), trainer(data, tmp_path / "other", seed=1)
+    first = run.batch(0)
+    for again in (run.batch(1), run.batch(8), other.batch(0)):  # an epoch has 8 steps
+        assert not any(torch.equal(first[i], again[i]) for i in (0, 2, 3)), "images, t or noise"
+
+
+def test_a_step_is_made_with_its_own_rate_and_logged_with_it(data: Path, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run", images=64, weight_decay=0.3)
+    rates: list[float] = []
+
+    def look(current: Trainer) -> None:
+        groups = [group for optimizer in current.optimizers for group in optimizer.param_groups]
+        assert {group["weight_decay"] for group in groups} == {0.3}
+        (rate,) = {group["lr"] for group in groups}
+        rates.append(rate)
+
+    object.__setattr__(run.config, "sample_every", 1)
+    run.run(on_sample=look)
+    assert rates == [run.config.learning_rate(step) for step in range(8)]
+    assert [row["lr"] for row in read_log(run.log_path)] == [f"{rates[step]:.3e}" for step in (3, 7)]
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest(data: Path, tmp_path: Path) -> None:
+    run = trainer(data, tmp_path / "run")
+    names = {parameter: name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    adamw, muon = ({names[p] for group in made.param_groups for p in group["params"]} for made in run.optimizers)
+    layers = ("adaLN_modulation.1", "attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2")
+    assert muon == {f"blocks.0.{layer}.weight" for layer in layers}
+    assert adamw | muon == set(names.values())
+    assert not adamw & muon
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(data, tmp_path / "run")
+    loss = run._loss
+    monkeypatch.setattr(run, "_loss", lambda step: loss(step) * (math.nan if step == 5 else 1))
+    with pytest.raises(fastcfg.Error, match="the loss is nan near step 7: lower lr"):
+        run.run()
+    assert [row["step"] for row in read_log(run.log_path)] == ["4"]
+    assert trainer(data, tmp_path / "run").step == 4
 
 
 @pytest.mark.parametrize("predicts", ["eps", "v", "x0", "flow"])
@@ -287,11 +333,30 @@ def test_command_leaves_a_model_that_samples_its_classes(tmp_path: Path) -> None
     model = fastcfg.load(out / "model.safetensors")
     assert model.label_names == ("dark", "bright")
     assert model.training["images_seen"] == 9600
+    assert (model.clip, model.eta, model.low_precision) == (True, 1.0, False)  # as docs/training.md found to be best
+    kept, _ = read_safetensors(out / "state.safetensors")
+    for name, value in model.module.state_dict().items():
+        assert torch.equal(value, kept[f"ema/{name}"]), name
+    assert not torch.equal(model.module.final_layer.linear.weight, kept["model/final_layer.linear.weight"])
     samples = fastcfg.Sampler(model, steps=20)([0] * 8 + [1] * 8, scale=2.0, seeds=1)
     brightness = samples.mean(dim=(1, 2, 3))
     assert brightness[:8].max() < brightness[8:].min()
     losses = [float(row["loss"]) for row in read_log(out / "log.csv")]
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.usefixtures("data")
+def test_grids_show_each_class_at_each_scale_from_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    sample = fastcfg.Sampler.__call__
+
+    def noted(sampler: fastcfg.Sampler, labels: list[int], scale: list[float], seeds: int, *, indices: list[int]) -> Tensor:
+        asked.append((labels, scale, seeds, indices))
+        return sample(sampler, labels, scale, seeds, indices=indices)
+
+    monkeypatch.setattr(fastcfg.Sampler, "__call__", noted)
+    assert CliRunner().invoke(main, flags(tmp_path, images=8)).exit_code == 0
+    assert asked == [([0, 0, 0, 1, 1, 1], [1.0, 2.0, 4.0] * 2, 0, [0, 0, 0, 1, 1, 1])]
 
 
 @pytest.mark.usefixtures("data")

@@ -163,11 +163,11 @@ def test_command_judges_one_of_several_scales(tmp_path: Path) -> None:
 
 def test_command_says_the_same_in_json(tmp_path: Path) -> None:
     a, b = grey(tmp_path, "a.npz", 24), grey(tmp_path, "b.npz", 30)
-    data = json.loads(run(a, b, "--features", "fashion-cnn", "--bootstrap", 0, "--json"))
+    data = json.loads(run(a, b, "--features", "fashion-cnn", "--bootstrap", 0, "--seed", 5, "--json"))
     network = m.load_network("fashion-cnn")
     samples, other = m.extract(m.open_images(a), network), m.open_reference(b, network)
-    for figure in m.evaluate(samples, other, bootstrap=0):
-        assert data["figures"][figure.name]["value"] == pytest.approx(figure.estimate.value), figure.name
+    for figure in m.evaluate(samples, other, bootstrap=0, seed=5):
+        assert data["figures"][figure.name]["value"] == pytest.approx(figure.estimate.value, rel=1e-9), figure.name
     assert data["figures"]["frechet_distance"]["error"] is None
     assert data["figures"]["class_accuracy"]["low"] < data["figures"]["class_accuracy"]["value"]
     assert data["samples"] == {"path": str(a), "scale": None, "count": 24}
@@ -206,8 +206,14 @@ REFUSED = {
 }
 
 
+WITHOUT_THE_REFERENCE = ("unknown metric", "metric without labels", "bootstrap of one", "negative bootstrap", "seed")
+
+
 @pytest.mark.parametrize("case", REFUSED)
-def test_command_exits_2_and_writes_nothing(case: str, tmp_path: Path) -> None:
+def test_command_exits_2_before_the_work_and_writes_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m, "extract", lambda *_, **__: pytest.fail("it judged the samples"))
+    if case in WITHOUT_THE_REFERENCE:
+        monkeypatch.setattr(m, "open_reference", lambda *_, **__: pytest.fail("it read the reference"))
     names = {"a": grey(tmp_path, "a.npz"), "b": grey(tmp_path, "b.npz", 30), "dir": tmp_path}
     names |= {"unlabelled": grey(tmp_path, "u.npz", labelled=False), "small": grey(tmp_path, "s.npz", size=8)}
     for name, width in (("wide", 128), ("narrow", 5)):
