@@ -100,6 +100,25 @@ def test_initial_output_is_zero(learn_sigma: bool) -> None:
     assert model(x, t, y).std() > 0.1
 
 
+def test_weights_begin_as_in_the_official_code() -> None:
+    """Xavier's uniform for products and patches (as one product), N(0, 0.02) for embeddings, zero for gates and biases."""
+    torch.manual_seed(0)
+    model = DiT(**(TINY | {"hidden_size": 128}))
+    for name, value in model.named_parameters():
+        if name == "pos_embed":
+            continue
+        kept = value.detach().flatten(1) if value.ndim > 1 else value.detach()
+        if value.ndim == 1 or "adaLN_modulation" in name or name.startswith("final_layer"):
+            assert torch.count_nonzero(kept) == 0, name
+        elif "embedder" in name and not name.startswith("x_embedder"):
+            assert kept.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert kept.abs().max() > 0.05, name  # no uniform distribution of this deviation reaches beyond 0.035
+        else:
+            bound = math.sqrt(6 / sum(kept.shape))
+            assert kept.abs().max().item() == pytest.approx(bound, rel=0.02), name
+            assert kept.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
+
+
 @pytest.mark.parametrize(("patch", "side"), [(2, 4), (4, 2), (1, 3)])
 def test_patches_go_in_and_come_out_where_they_were(patch: int, side: int) -> None:
     """Every value of a marked image is found again by its official position: token = row-major patch, then p, q, channel."""

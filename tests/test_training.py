@@ -457,6 +457,12 @@ def test_constant_and_cosine_rates() -> None:
     assert constant.learning_rate(99) == 1.0
 
 
+def test_images_of_an_npz_keep_rows_columns_and_channels(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=images, arr_1=np.arange(4))
+    assert np.array_equal(load_data(tmp_path / "x.npz").images, np.moveaxis(images, 3, 1))
+
+
 def test_idx_folder_and_image_folder_hold_the_same(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     images, labels = rng.integers(0, 256, (6, 8, 8), dtype=np.uint8), np.array([0, 1, 0, 1, 1, 0], np.uint8)
