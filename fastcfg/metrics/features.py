@@ -149,15 +149,16 @@ def read_statistics(path: Path, network: FeatureNetwork) -> Reference | None:
                 return None
             own = ("mu", "sigma", "features", "count", "network")
             arrays = {name: archive[name] for name in own if name in archive.files}
+        fitted = Moments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+        count = int(arrays["count"]) if "count" in arrays else None
     except Exception as error:  # zipfile, zlib and numpy meet foreign bytes with exceptions of many kinds
         raise Error(f"cannot read {path}: {error}") from error
     if "network" in arrays and str(arrays["network"]) != network.fingerprint:
         raise Error(f"{path} holds statistics of another network ({arrays['network']}) than {network.name}: give images")
-    fitted = Moments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
     features = arrays.get("features")
     if features is not None and (features.ndim != 2 or features.shape[1:] != fitted.mu.shape):
         raise Error(f"{path} is damaged: features {list(features.shape)} beside mu {list(fitted.mu.shape)}")
-    return Reference(fitted, features, int(arrays["count"]) if "count" in arrays else None)
+    return Reference(fitted, features, count)
 
 
 def _has_images(path: Path) -> bool:

@@ -130,7 +130,7 @@ class Run(ABC, Generic[Model]):
         )
 
     def _draw(self, step: int) -> tuple[Tensor, torch.Generator]:
-        """(which images a step shows, every one once an epoch; a generator for what else is drawn in it)."""
+        """(which images a step shows, each at most once an epoch; a generator for what else is drawn in it)."""
         per_epoch = len(self._images) // self.config.batch
         epoch, position = divmod(step, per_epoch)
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)

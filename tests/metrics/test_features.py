@@ -162,7 +162,10 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         statistics(tmp_path / "b.npz", features=np.zeros((3, 5), np.float32)): r"features \[3, 5\] beside mu \[4\]",
     }
     np.savez(tmp_path / "c.npz", mu=np.zeros(4), sigma=np.zeros((4, 3)))
-    cases[tmp_path / "c.npz"] = r"mu \[D\] and sigma \[D, D\]"
+    cases[tmp_path / "c.npz"] = r"cannot read .*c\.npz: statistics must be mu \[D\] and sigma \[D, D\]"
+    np.savez(tmp_path / "text.npz", mu=np.array(["a"] * 4), sigma=np.eye(4))
+    cases[tmp_path / "text.npz"] = r"cannot read .*text\.npz: could not convert string"
+    cases[statistics(tmp_path / "counts.npz", count=np.arange(3))] = r"cannot read .*counts\.npz"
     np.savez(tmp_path / "d.npz", mu=np.array([None] * 4), sigma=np.eye(4))
     cases[tmp_path / "d.npz"] = "cannot read"
     (tmp_path / "e.npz").write_text("hello")
