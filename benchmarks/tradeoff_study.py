@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true")
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
-    if options.show == bool(options.data and options.out):
-        parser.error("want DATA and --out, or --show")
+    if options.show == bool(options.data and options.out) or (options.reduced and not options.out):
+        parser.error("want DATA and --out, or --show; --reduced has its table in --out")
     into = options.out if options.reduced else PLOTS
     table = options.out / "tradeoff.csv" if options.reduced else TABLE
     try:

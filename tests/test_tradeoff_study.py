@@ -87,6 +87,16 @@ def test_a_finding_says_which_way_a_figure_goes(values: tuple[float, ...], way: 
     assert f"CFG: class accuracy {way}" in list(report.findings(rows))
 
 
+@pytest.mark.parametrize("line", ["", "--show --reduced", "data", "data --show --out x"])
+def test_what_does_not_go_together_is_refused(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tradeoff_study.py", *line.split()])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    assert "error: want DATA and --out, or --show" in capsys.readouterr().err
+
+
 def write_idx(folder: Path, prefix: str, count: int) -> None:
     images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
     head = np.array([0x803, *images.shape], ">u4").tobytes()
