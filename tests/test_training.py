@@ -437,6 +437,14 @@ def test_log_that_cannot_be_read_is_refused_and_kept(case: str, data: Path, tmp_
     assert [path.name for path in run.out.iterdir()] == ["log.csv"]
 
 
+def test_a_disk_that_is_full_at_a_log_row_is_one_error(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(data, tmp_path / "run")
+    monkeypatch.setattr(run, "_trim_log", lambda: run.log_path.symlink_to("/dev/full"))
+    with pytest.raises(fastcfg.Error, match=r"cannot write .*/log\.csv: No space left on device"):
+        run.run()
+    assert not run.state_path.exists()
+
+
 def test_a_log_row_that_a_kill_cut_short_is_dropped(data: Path, tmp_path: Path) -> None:
     run = trainer(data, tmp_path / "run")
     run.log_path.write_bytes(HEADER + b"1,8,0.9,0.1,5\r\n2,16,0.")

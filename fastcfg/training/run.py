@@ -239,8 +239,11 @@ class Run(ABC, Generic[Model]):
     def _append_log(self, loss: float, speed: float) -> None:
         lr, figures = self.config.learning_rate(self.step - 1), (f"{figure:.4f}" for figure in self._figures())
         row = (self.step, self.step * self.config.batch, f"{loss:.5f}", f"{lr:.3e}", f"{speed:.0f}", *figures)
-        with open(self.log_path, "a", newline="") as file:
-            csv.writer(file).writerow(row)
+        try:
+            with open(self.log_path, "a", newline="") as file:
+                csv.writer(file).writerow(row)
+        except OSError as error:  # a full disk
+            raise Error(f"cannot write {self.log_path}: {error.strerror}") from error
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
