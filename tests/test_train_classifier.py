@@ -145,6 +145,7 @@ def test_held_out_images_are_never_shown(tmp_path: Path) -> None:
     assert sorted([*rest.images[:, 0, 0, 0], *held.images[:, 0, 0, 0]]) == list(range(100))
     assert np.array_equal(held.labels, held.images[:, 0, 0, 0] % 2)
     assert len(held.images) == 30
+    assert not np.array_equal(held.images, hold_out(load_data(tmp_path / "numbered.npz"), 30, seed=6)[1].images)
     made = trainer(tmp_path / "numbered.npz", tmp_path / "run", validation=30, seed=5, batch=10)
     shown = {int(value) for step in range(7) for value in made.data.images[made._draw(step)[0], 0, 0, 0]}
     assert shown == set(rest.images[:, 0, 0, 0].tolist())

@@ -592,6 +592,16 @@ def _unlike_gzip(folder: Path) -> Path:
     return packed
 
 
+@pytest.mark.parametrize(
+    ("folder", "count", "first"), [("Fashion-MNIST", 10, "T-shirt"), ("Fashion-MNIST", 9, "0"), ("mnist", 10, "0")]
+)
+def test_ten_classes_of_fashion_have_their_names(folder: str, count: int, first: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    labels = _idx_file((count,), 0) + bytes(range(count))
+    names = load_data(_idx(tmp_path / folder, _idx_file((count, 4, 4)), labels)).label_names
+    assert (names[0], len(names)) == (first, count)
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "npz cut short": (lambda d: _npz(d, cut=100), ("data.npz", "cut short")),
     "npz of other bytes": (lambda d: _flipped(_npz(d), 200), ("data.npz", "CRC")),

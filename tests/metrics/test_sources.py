@@ -144,8 +144,8 @@ def test_folder_with_grey_images(tmp_path: Path) -> None:
 def test_bad_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Error, match="holds no images"):
         open_images(tmp_path)
-    with pytest.raises(Error, match=r"no images at /nowhere: want an \.npz"):
-        open_images("/nowhere")
+    with pytest.raises(Error, match=r"no images at .*nowhere: want an \.npz"):
+        open_images(tmp_path / "nowhere")
     for split in ("", ":test"):
         with pytest.raises(Error, match=r"cannot reach .*: File name too long"):
             open_images(f"{tmp_path / ('a' * 300)}{split}")
