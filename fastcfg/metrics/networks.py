@@ -59,7 +59,7 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Featur
 
 
 def as_network(features: Callable[[Tensor], Any], name: str = "callable", *, judges_labels: bool = False) -> FeatureNetwork:
-    """Any callable from uint8 images [n, C, H, W] to features [n, D], or to (features, logits)."""
+    """Any callable from uint8 images [n, C, H, W] to features [n, D], or to (features, logits [n, K]), as tensors."""
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor | None]:
         out = features(images)
