@@ -116,6 +116,7 @@ def test_steps_epochs_and_seeds_draw_anew(data: Path, tmp_path: Path) -> None:
     first = run.batch(0)
     for again in (run.batch(1), run.batch(8), other.batch(0)):  # an epoch has 8 steps
         assert not any(torch.equal(first[i], again[i]) for i in (0, 2, 3)), "images, t or noise"
+    assert not torch.equal(run.model.x_embedder.proj.weight, other.model.x_embedder.proj.weight)
 
 
 def test_a_step_is_made_with_its_own_rate_and_logged_with_it(data: Path, tmp_path: Path) -> None:
