@@ -135,6 +135,25 @@ def test_a_step_is_made_with_its_own_rate_and_logged_with_it(data: Path, tmp_pat
     assert [row["lr"] for row in read_log(run.log_path)] == [f"{rates[step]:.3e}" for step in (3, 7)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "seconds", "chosen"),
+    [
+        ("fp32", (9, 1), torch.float32), ("bf16", (1, 9), torch.bfloat16),
+        ("auto", (1, 9), torch.float32), ("auto", (9, 1), torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_a_step_runs_in_the_dtype_asked_for_or_in_the_faster(
+    dtype: str, seconds: tuple[int, int], chosen: torch.dtype, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(data, tmp_path / "run", dtype=dtype)
+    monkeypatch.setattr(run, "_time_step", dict(zip((torch.float32, torch.bfloat16), seconds, strict=True)).get)
+    run._choose_arithmetic()
+    seen: list[torch.dtype] = []
+    run.model.final_layer.linear.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    assert run._loss(0).dtype == torch.float32
+    assert seen == [chosen]
+
+
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest(data: Path, tmp_path: Path) -> None:
     run = trainer(data, tmp_path / "run")
     names = {parameter: name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
