@@ -97,7 +97,8 @@ def test_within_class_distance_by_hand() -> None:
     features = np.array([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     labels = np.array([0, 0, 1, 1, 1])
     assert within_class_distance(features, labels) == pytest.approx((5 + (1 + 1 + 2**0.5) / 3) / 2)
-    assert within_class_distance(np.full((2, 3), 0.1), np.zeros(2, int)) == pytest.approx(0, abs=1e-7)
+    twins = np.repeat(100 * logits(60), 2, axis=0)  # whose squared distances round to less than zero, too
+    assert within_class_distance(twins, np.repeat(np.arange(60), 2)) == pytest.approx(0, abs=1e-4)
     with pytest.raises(Error, match="at least two samples"):
         within_class_distance(features, np.arange(5))
     with pytest.raises(Error, match=r"one label a row: labels \[4\] for features \[5, 2\]"):
