@@ -23,7 +23,8 @@ class Trainer(Run[DiT]):
     config: TrainConfig
 
     def run(self, on_sample: Callable[[Trainer], None] | None = None) -> None:
-        """Trains to the end, saving every `save_every` steps; `on_sample` is called every `sample_every` steps."""
+        """Trains to the end, saving every `save_every` steps; `on_sample` is called every `sample_every` steps, and
+        again where a run resumes at one."""
 
         def look() -> None:
             if on_sample is not None and (self.step % self.config.sample_every == 0 or self.step == self.config.steps):
