@@ -143,6 +143,14 @@ def test_command_prints_a_row_a_figure(tmp_path: Path) -> None:
     assert "24 samples do not fill 128 features" in lines[-1]
 
 
+@pytest.mark.parametrize(("n", "warns"), [(128, True), (129, False)])
+def test_command_warns_of_samples_that_cannot_fill_the_features(n: int, warns: bool, tmp_path: Path) -> None:
+    """n samples have a covariance of rank n - 1."""
+    a, b = grey(tmp_path, "a.npz", n), grey(tmp_path, "b.npz", 30)
+    text = run(a, b, "--features", "fashion-cnn", "--metrics", "frechet_distance", "--bootstrap", 0)
+    assert (f"{n} samples do not fill 128 features" in text) == warns
+
+
 def test_command_reads_no_reference_for_figures_that_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = grey(tmp_path, "a.npz", 24), grey(tmp_path, "b.npz", 30)
     monkeypatch.setattr(m, "open_reference", lambda *_, **__: pytest.fail("it read the reference"))
