@@ -167,20 +167,20 @@ def linear(
     residual, table, index and gate_column go together. Raises Error on shapes, dtypes and devices.
     """
     N, K = _check(h, weight, bias, residual, table, index, gate_column)
-    rows, tokens = h.numel() // K, h.shape[-2] if h.ndim > 1 else 1
+    rows = h.numel() // K
+    tokens = 0 if residual is None else h.shape[1]  # asked by the gate alone; another number may be compiled anew
     if out is None:
         out = torch.empty(*h.shape[:-1], N, dtype=(h if residual is None else residual).dtype, device=h.device)
     check("out", out, [*h.shape[:-1], N], FLOATS, h.device)
     if residual is not None and len(residual) < len(h) and out.data_ptr() == residual.data_ptr() != 0:
         raise Error("out cannot be the residual where rows share it")
     target = target_of(h)
-    gate_tokens = tokens if residual is not None else 0
 
     def grid(config: Config) -> Grid:
         return (cdiv(rows, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),)
 
-    config = config or tuned_config("linear", (h, out, residual), grid, N=N, K=K, gelu=int(gelu), gate_tokens=gate_tokens)
-    config = dict(config or linear_config(N, h.dtype, target, gate_tokens))
+    config = config or tuned_config("linear", (h, out, residual), grid, N=N, K=K, gelu=int(gelu), gate_tokens=tokens)
+    config = dict(config or linear_config(N, h.dtype, target, tokens))
     shapes = [(h, K), (weight, K), (out, N)] + [(residual, N)] * (residual is not None)
     config["DESCRIPTORS"] = descriptors = bool(config["DESCRIPTORS"]) and all(
         _aligned(tensor, width) for tensor, width in shapes

@@ -98,7 +98,7 @@ def every_launch(B, halves=2):
     adaln(h, table, index, 0, D)
     linear(h, meta(3 * D, D), meta(3 * D))
     linear(h, meta(D, D), meta(D), residual=h, table=table, index=index)
-    linear(meta(R * T, D), meta(D, D), meta(D), gelu=True)
+    linear(meta(B, D), meta(D, D), meta(D), gelu=True)
     attention(meta(R, T, 3 * D), 2)
     step_boundary(h, table, index, 0, D, meta(32, D), meta(32), x, **solver, patch=2)
     guided_step(meta(R, 8, 8, 8), x, **solver)
@@ -109,6 +109,34 @@ def test_no_key_depends_on_the_batch():
     assert len(alone) == len(set(alone)) == 7
     for batch, halves in ((1, 1), (3, 2), (32, 2), (50, 1)):
         assert launches(lambda batch=batch, halves=halves: every_launch(batch, halves))[0] == alone
+
+
+def test_no_launch_is_compiled_again_for_another_batch():
+    """As Triton does for a number that is 1, or that 16 divides and did not before: a call would wait for the compiler."""
+    kernels, *differ = compiling("""
+from test_tuned import every_launch
+
+def kinds(batch, halves):
+    found = []
+
+    def add(kernel, grid, config, arguments):
+        given = arguments | config
+        for p in kernel.params:
+            kind = check._specialise(given[p.name], p.is_constexpr, p.do_not_specialize)
+            found.append((kernel.fn.__name__, p.name, kind, given[p.name] if p.is_constexpr else None))
+
+    with check.offline("sm_90", add):
+        every_launch(batch, halves)
+    return found
+
+print(len({kernel for kernel, *_ in kinds(1, 2)}))
+for halves in (1, 2):
+    for batch in (2, 3, 16):
+        for this, one in zip(kinds(batch, halves), kinds(1, halves), strict=True):
+            if this != one:
+                print(batch, this, one)
+""")
+    assert (kernels, differ) == ("5", [])
 
 
 def test_tensors_of_mixed_dtypes_take_no_entry():
