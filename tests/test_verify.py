@@ -217,6 +217,12 @@ def test_golden_pair_by_this_processors_own_instructions(engine: str, tmp_path: 
     assert len(comparisons) == 9
 
 
+@pytest.mark.parametrize("engine", ["auto", "cpu", "reference"])
+def test_a_gpu_in_the_machine_changes_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert next(verify(*PAIR, engine=engine)).ok
+
+
 def test_the_independent_loop_agrees_with_the_golden_pair() -> None:
     """The generator of the pairs below is itself checked against the official results."""
     weights, expected = (load_file(path) for path in PAIR)
