@@ -113,6 +113,8 @@ def _session(arguments: argparse.Namespace) -> Any:
         raise SystemExit("a dry run interprets the kernels: set TRITON_INTERPRET=1")
     if not dry and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: use --dry-run to try the code paths")
+    # What kernels and engines are compared with is float32 where it says so: torch rounds convolutions to TF32 by itself
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
     return Session(device, dry, Report(arguments.out, device, arguments.sections))
 

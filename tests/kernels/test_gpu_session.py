@@ -121,6 +121,20 @@ def test_a_check_that_does_not_hold_ends_the_session_with_1(tmp_path, verdict):
     assert "0 sections failed, 1 checks did not hold\nceilings,planted," in done.stdout
 
 
+def test_torch_computes_in_float32_what_kernels_are_compared_with(tmp_path):
+    """An error of TF32, which torch's convolutions have unless told otherwise, would allow a kernel twice as much."""
+    program = """
+def tf32(session):
+    from torch import backends
+    session.report.row("tf32", int(backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32), "note")
+
+speed.ceilings = tf32
+"""
+    planted(tmp_path, program, ["ceilings"])
+    (row,) = (row for row in csv.DictReader((tmp_path / "dry-run.csv").open()) if row["name"] == "tf32")
+    assert row["value"] == "0"
+
+
 class Said:
     """In place of a session: what its sections report."""
 
