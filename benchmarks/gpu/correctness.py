@@ -91,11 +91,13 @@ def network(session: Session) -> None:
 
 
 def golden(session: Session) -> None:
-    """The official code's outputs through the engine, in float32."""
+    """The official code's outputs through the engine, in float32. Whether a clipped loop is within the limit is chance."""
     pair = GOLDEN / "dit_tiny.weights.safetensors", GOLDEN / "dit_tiny.expected.safetensors"
     for comparison in verify(*pair, engine="cuda", dtype="fp32"):
         value = "missing" if comparison.relative is None else comparison.relative
-        session.report.row(comparison.name, value, f"relative, {'ok' if comparison.ok else 'EXCEEDS'}", dtype=torch.float32)
+        verdict = "ok" if comparison.ok else "EXCEEDS"
+        note = "ill-conditioned: docs/design.md, Exactness" if "_clip" in comparison.name else ""
+        session.report.row(comparison.name, value, f"relative, {verdict}", shape=note, dtype=torch.float32)
         if session.dry or session.left() <= 0:
             return session.report.row("golden", "stopped: a dry run, or out of time", "note")
     return None

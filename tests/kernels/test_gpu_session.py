@@ -15,6 +15,7 @@ from interpreted import randn
 
 from fastcfg.kernels import attention as attention_module
 from fastcfg.kernels import tuned
+from fastcfg.verify import Comparison
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from gpu import correctness
@@ -191,6 +192,16 @@ def test_a_sample_may_lose_twice_what_the_reference_engine_does(monkeypatch, tim
     said = Said()
     correctness.network(said)
     assert [unit for _, _, unit in said.rows] == [f"relative, {verdict}"] * 2
+
+
+def test_a_golden_loop_that_any_processor_may_miss_is_marked(monkeypatch):
+    names = ("forward", "ddim10_clip_cfg3", "ddim10_cfg3")
+    monkeypatch.setattr(correctness, "verify", lambda *_, **__: [Comparison(name, 1.0, 1.5e-5) for name in names])
+    said, shapes = Said(), {}
+    said.dry, said.row = False, lambda name, value, unit, shape, **_: shapes.update({name: (unit, shape)})
+    correctness.golden(said)
+    marked = "ill-conditioned: docs/design.md, Exactness"
+    assert shapes == {name: ("relative, EXCEEDS", marked if "clip" in name else "") for name in names}
 
 
 def test_bits_that_differ_are_said():
