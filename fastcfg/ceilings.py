@@ -76,7 +76,7 @@ def known_gpu(device: torch.device) -> Ceilings | None:
         return None
     words = set(torch.cuda.get_device_name(device).lower().replace("-", " ").split())
     found = [ceilings for name, ceilings in STATED.items() if name in words]
-    return found[0] if found and not words & {"pcie", "nvl", "40gb"} else None
+    return found[0] if found and not words & {"pcie", "nvl", "40gb", "mig"} else None
 
 
 def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -288,6 +288,7 @@ def test_stated_ceilings_are_half_of_the_rates_with_sparsity(name: str, sparse: 
         ("NVIDIA A100-SXM4-40GB", None),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
