@@ -18,7 +18,7 @@ from fastcfg.kernels import tuned
 from fastcfg.verify import Comparison
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from gpu import correctness
+from gpu import correctness, loops
 from gpu.report import add_lost
 from gpu.supervise import supervise
 
@@ -209,6 +209,25 @@ def test_bits_that_differ_are_said():
     correctness._equal(said, "same", one, one.clone())
     correctness._equal(said, "other", one, torch.tensor([1.0, 1.0 + 2**-23]))
     assert said.rows == [("same", 1, "bits equal"), ("other", 0, "bits DIFFER")]
+
+
+def test_a_baselines_steps_are_timed_in_a_row(monkeypatch):
+    """As in a loop, where the host runs ahead: alone, a step would be charged with the host's way to its first launch."""
+    made, timed = [], []
+
+    def measure(call, *_, **__):
+        before = len(made)
+        call()
+        timed.append(len(made) - before)
+        return 10.0, 20.0, 30.0
+
+    monkeypatch.setattr(loops, "measure", measure)
+    said = Said()
+    loops._baseline(said, "torch", "tiny", 2, lambda step: lambda *given: made.append(step(*given).shape))
+    assert timed == [loops.IN_A_ROW]
+    assert loops.IN_A_ROW >= 10
+    assert set(made) == {(2, 4, 8, 8)}
+    assert said.rows == [("torch", 20.0 / loops.IN_A_ROW, f"ms a guided step ({loops.IN_A_ROW} steps x 5)")]
 
 
 def test_rows_of_sections_that_are_not_run_stay_and_their_ceilings_are_used(dry_run, tmp_path):
