@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 import fastcfg
 from fastcfg.explain import count_flops
+from fastcfg.kernels.tuned import VARIABLE
 from fastcfg.models import dit
 from fastcfg.models.dit import DiT, timestep_frequencies
-from gpu.correctness import TINY, random_dit
+from gpu.correctness import TINY, invariance, random_dit
 from gpu.report import Session, Times, measure
 
 STEPS, SCALE = 50, 4.0
@@ -28,13 +30,28 @@ IN_A_ROW = 10  # a baseline's steps, timed together: as in a loop, the host runs
 
 def fused(session: Session) -> None:
     """A whole call of the sampler, 50 steps and the result, for every shape."""
-    for name, batch in _shapes(session, SHAPES):
+    _fused(session, "fastcfg", SHAPES)
+
+
+def tuned(session: Session) -> None:
+    """With the table that `tune` has written, which no section before had: bits across batches, and `fused` again."""
+    table = session.report.path.with_suffix(".json")
+    if not table.is_file():
+        session.report.row("tuned", f"there is no {table.name}", "note")
+        return
+    with mock.patch.dict(os.environ, {VARIABLE: str(table)}):
+        invariance(session)
+        _fused(session, "fastcfg, tuned", SHAPES[:4])
+
+
+def _fused(session: Session, who: str, shapes: list[tuple[str, int]]) -> None:
+    for name, batch in _shapes(session, shapes):
         one, steps = _sampler(session, name, batch)
         call = partial(one, [b % 5 for b in range(batch)], SCALE)
         for _ in range(2):  # the first compiles and captures
             call()
         times = measure(call, session.device, seconds=3.0, least=3, most=20)
-        _row(session, "fastcfg", name, batch, _scaled(times, STEPS / steps), one, "" if steps == STEPS else f"{steps} steps")
+        _row(session, who, name, batch, _scaled(times, STEPS / steps), one, "" if steps == STEPS else f"{steps} steps")
 
 
 def spans(session: Session) -> None:

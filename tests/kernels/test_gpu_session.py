@@ -25,7 +25,7 @@ from gpu.supervise import supervise
 SESSION = Path(__file__).parents[2] / "benchmarks" / "gpu_session.py"
 SECTIONS = (
     "correctness", "golden", "network", "invariance", "graphs", "ceilings", "kernels", "fused", "eager", "compiled",
-    "diffusers", "spans", "tune",
+    "diffusers", "spans", "tune", "tuned",
 )  # fmt: skip
 
 
@@ -80,6 +80,24 @@ def test_the_tuned_table_says_where_it_was_measured_and_is_used(dry_run, monkeyp
         monkeypatch.setenv(tuned.VARIABLE, variable)
         attention_module.attention(randn(1, tokens, 3 * width, dtype=torch.float16), 1)
     assert launched[0] == entry.config != launched[1]
+
+
+def test_the_new_table_is_what_the_tuned_section_runs_with(dry_run, monkeypatch, tmp_path):
+    _, rows, _ = dry_run
+    names = [row["name"] for row in rows if row["section"] == "tuned"]
+    assert names == ["1 of 3 rows, fp32", "3 of 3 rows, fp32", "fastcfg, tuned", "tuned"]
+    said, seen = Said(), []
+    said.path = tmp_path / "gpu.csv"
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    for name in ("invariance", "_fused"):
+        monkeypatch.setattr(loops, name, lambda *_: seen.append(os.environ.get(tuned.VARIABLE)))
+    loops.tuned(said)
+    assert (said.rows, seen) == ([("tuned", "there is no gpu.json", "note")], [])
+    table = tmp_path / "gpu.json"
+    table.touch()
+    loops.tuned(said)
+    assert seen == [str(table)] * 2
+    assert tuned.VARIABLE not in os.environ
 
 
 def planted(
