@@ -221,6 +221,8 @@ def test_golden_pair_by_this_processors_own_instructions(engine: str, tmp_path: 
 def test_a_gpu_in_the_machine_changes_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert next(verify(*PAIR, engine=engine)).ok
+    with pytest.raises(fastcfg.Error, match="device 'cuda'"):  # which there is not, and whose engine alone asks for it
+        next(verify(*PAIR, engine="cuda"))
 
 
 def test_the_independent_loop_agrees_with_the_golden_pair() -> None:
