@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,8 +20,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 BARE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+def python(code: str, folder: Path = CHECKOUT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_bare_checkout_imports_with_its_kernels() -> None:
@@ -49,6 +51,26 @@ def test_public_names_are_there_and_documented() -> None:
 def test_assets_are_shipped_and_small(asset: str) -> None:
     path = files("fastcfg").joinpath(f"assets/{asset}")
     assert 0 < len(path.read_bytes()) <= 25 * 2**20
+
+
+def test_an_sdist_makes_a_wheel_of_every_file(tmp_path: Path) -> None:
+    tree, built = tmp_path / "tree", tmp_path / "built"
+    for folder in ("fastcfg", "kernels", "tests"):
+        shutil.copytree(CHECKOUT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, tree)
+    build = "from setuptools import build_meta; build_meta.build_{}({!r})"
+    result = python(build.format("sdist", str(built)), tree)
+    assert result.returncode == 0, result.stderr
+    shutil.unpack_archive(next(built.glob("*.tar.gz")), built)
+    (source,) = (path for path in built.iterdir() if path.is_dir())
+    assert not (source / "tests").exists()  # setuptools takes test_*.py alone, without what they read
+    result = python(build.format("wheel", str(built)), source)
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        got = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    roots = {tree / "fastcfg": "fastcfg", tree / "kernels": "fastcfg/kernels"}
+    assert got == {f"{to}/{f.relative_to(root)}" for root, to in roots.items() for f in root.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize(
