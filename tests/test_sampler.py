@@ -498,6 +498,17 @@ def test_bad_calls_are_refused_before_any_forward(arguments, says):
     assert calls == []
 
 
+class Giving(nn.Module):
+    """What a function makes of x."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, t, y):
+        return self.function(x)
+
+
 class Refusing(nn.Module):
     def forward(self, x, t, y):
         raise ValueError("wants four inputs")
@@ -526,6 +537,12 @@ class Refusing(nn.Module):
         (nn.Bilinear(2, 2, 2).eval(), {"null_label": 1, "shape": (1, 2, 2)}, r"could not be called as module\(x"),
         (small_dit(), {"num_classes": 7}, "num_classes 7 asked, but the model's label table has rows 0..5"),
         (Denoiser(small_dit(), SHAPE, CLASSES, 7), {}, "num_classes 7 asked, but"),
+        (Denoiser(small_dit(), (4, 8, 8), CLASSES, CLASSES), {"engine": "cpu"}, r"shape \(4, 8, 8\) asked, but the model's"),
+        (Denoiser(small_dit(), SHAPE, CLASSES, CLASSES, learned_variance=True), {}, "the model predicts no variance"),
+        (Denoiser(nn.Flatten, SHAPE, 1, 1), {}, "model must be a torch.nn.Module .*, got type"),
+        (Denoiser(Giving(lambda x: x[:, :3]).eval(), SHAPE, 1, 1), {}, r"Giving turned .* into \[1, 3, 4, 4\]: want 4 or 8"),
+        (Denoiser(Giving(lambda x: (x,)).eval(), SHAPE, 1, 1), {}, "Giving must return a tensor .*, got tuple"),
+        (Denoiser(Giving(torch.sin).eval(), SHAPE, 1, 1, learned_variance=True), {}, "Giving turned .*: want 8 channels"),
         (small_dit(), {"num_classes": "5"}, "num_classes must be a whole number of at least 1, got '5'"),
         (Fixed(0.0).eval(), {"null_label": 1, "shape": (1, 2, 2), "num_classes": 2.5}, "num_classes must be .* got 2.5"),
         (Fixed(0.0).eval(), {"null_label": 1, "shape": (1, 2, 2), "num_classes": 0}, "num_classes must be .* got 0"),

@@ -76,14 +76,11 @@ def as_denoiser(
     """
     null_label, num_classes = _whole_null_label(null_label), _whole_count(num_classes)
     model = _dit_within(model)
-    if isinstance(model, Denoiser):
-        known = model
-    elif isinstance(model, DiT):
-        known = describe_dit(model)
-    elif isinstance(model, nn.Module):
-        known = _describe_foreign(model, shape, null_label, num_classes)
-    else:
-        raise Error(f"model must be a torch.nn.Module or what fastcfg.load returns, got {type(model).__name__}")
+    module = model.module if isinstance(model, Denoiser) else model
+    if not isinstance(module, nn.Module):
+        raise Error(f"model must be a torch.nn.Module or what fastcfg.load returns, got {type(module).__name__}")
+    of_dit = describe_dit(module) if isinstance(module, DiT) else None
+    known = model if isinstance(model, Denoiser) else of_dit or _describe_foreign(module, shape, null_label, num_classes)
     changes: dict[str, Any] = {
         "schedule": None if schedule is None else find_schedule(schedule),
         "predicts": predicts,
@@ -92,9 +89,11 @@ def as_denoiser(
         "shape": _checked_shape(known.shape if shape is None else shape),
     }
     described = replace(known, **{name: value for name, value in changes.items() if value is not None})
-    described = _checked_labels(described)
-    if described.shape != tuple(known.shape):
-        raise Error(f"shape {described.shape} asked, but the model's samples are {known.shape} (C, H, W)")
+    described, own = _checked_labels(described), of_dit or known
+    if described.shape != tuple(own.shape):
+        raise Error(f"shape {described.shape} asked, but the model's samples are {own.shape} (C, H, W)")
+    if described.learned_variance and not own.learned_variance:
+        raise Error("learned_variance asked, but the model predicts no variance")
     return described if isinstance(model, (Denoiser, DiT)) else _probe(described)
 
 
@@ -107,7 +106,7 @@ def _dit_within(model: nn.Module | Denoiser) -> nn.Module | Denoiser:
         if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = inner.module
         else:
-            inner = inner._modules.get("_orig_mod")  # of torch.compile's wrapper, whose class takes a second to import
+            inner = getattr(inner, "_orig_mod", None)  # of torch.compile's wrapper, whose class takes a second to import
     return model
 
 
@@ -187,10 +186,11 @@ def _checked_labels(model: Denoiser) -> Denoiser:
     return replace(model, null_label=null, num_classes=count)
 
 
-def try_module(model: Denoiser, t: Tensor, label: int | None = None) -> Any:
+def try_module(model: Denoiser, t: Tensor, label: int | None = None) -> Tensor:
     """What the module makes of one row of zeros at t [1], with this label (None: the null label), on its own device.
 
-    Raises Error, which says what was tried, for whatever the module raises, and for one in training mode.
+    Raises Error, which says what was tried, for whatever the module raises, for one in training mode, and for another output
+    than `model` promises.
     """
     refuse_training(model.module)  # whose normalisations would keep statistics of the zeros
     x = torch.zeros(1, *model.shape, device=model.device, dtype=model.dtype)
@@ -198,7 +198,7 @@ def try_module(model: Denoiser, t: Tensor, label: int | None = None) -> Any:
     y = y.to(model.dtype) if y.is_floating_point() else y
     try:
         with torch.no_grad():
-            return call_module(model.module, x, t.to(model.device), y)
+            output = call_module(model.module, x, t.to(model.device), y)
     except Exception as error:  # any module, any failure: what matters is that it came before the work
         what = f"null label {model.null_label if y.ndim == 1 else list(y.shape)}"
         if label is not None:
@@ -208,16 +208,17 @@ def try_module(model: Denoiser, t: Tensor, label: int | None = None) -> Any:
             f"{type(model.module).__name__} could not be called as module(x {list(x.shape)}, t = {t.item():g} "
             f"({str(t.dtype).removeprefix('torch.')}), y = {what}): {line or type(error).__name__}"
         ) from error
+    name, (channels, *size) = type(model.module).__name__, model.shape
+    if not isinstance(output, Tensor):
+        raise Error(f"{name} must return a tensor or have one as .sample, got {type(output).__name__}")
+    wanted = (2 * channels,) if model.learned_variance else (channels, 2 * channels)
+    if list(output.shape) not in [[1, number, *size] for number in wanted]:
+        numbers = " or ".join(map(str, wanted))
+        raise Error(f"{name} turned x {list(x.shape)} into {list(output.shape)}: want {numbers} channels")
+    return output
 
 
 def _probe(model: Denoiser) -> Denoiser:
     """Tries the module with the null label; learns from its output whether it has variance channels."""
     output = try_module(model, torch.zeros(1, dtype=torch.int64))
-    if not isinstance(output, Tensor):
-        raise Error(f"{type(model.module).__name__} must return a tensor or have one as .sample, got {type(output).__name__}")
-    channels, *size = model.shape
-    if list(output.shape[2:]) != size or output.shape[1] not in (channels, 2 * channels):
-        raise Error(
-            f"the module turned x {[1, *model.shape]} into {list(output.shape)}: want {channels} or {2 * channels} channels"
-        )
-    return replace(model, learned_variance=output.shape[1] == 2 * channels)
+    return replace(model, learned_variance=output.shape[1] == 2 * model.shape[0])
