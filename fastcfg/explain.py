@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastcfg.ceilings import Ceilings, known_gpu, measured_ceilings, stated_ceilings
 from fastcfg.engines.base import Engine
 from fastcfg.engines.fused_dit import is_plain_dit
 from fastcfg.errors import Error
-from fastcfg.models.denoiser import Denoiser, call_module
+from fastcfg.models.denoiser import Denoiser, try_module
+from fastcfg.models.dit import DiT
 from fastcfg.plan import Plan
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def explain(
     classifier: what guides instead of the null rows; the ledger leaves it out. Raises Error where ceilings are asked for and
     there is no ledger.
     """
-    flops, pushed, shown = count_flops(model), 0, str(plan)
+    t = torch.tensor(plan.timesteps[:1], dtype=torch.int64 if plan.whole_timesteps else torch.float32)
+    flops, pushed, shown = count_flops(model, t), 0, str(plan)
     if classifier is not None:
         assert plan.gradient is not None
         pushed = batch * int(np.count_nonzero(plan.gradient * plan.guided))
@@ -121,43 +123,44 @@ def explain(
         flops=flops * rows,
         weight_bytes=sum(p.numel() for p in parameters) * engine.dtype.itemsize,
         classifier_rows=pushed,
-        classifier_flops=pushed * (0 if classifier is None else count_gradient_flops(classifier, model)),
+        classifier_flops=pushed * (0 if classifier is None else count_gradient_flops(classifier, model, t)),
         last_seconds=last_seconds,
         notes=(*engine.notes, *notes),
         ledger=ledger,
     )
 
 
-def count_flops(model: Denoiser) -> int:
-    """FLOPs of the module's forward on one row, operation by operation, on a copy without data (torch's meta device)."""
+def count_flops(model: Denoiser, t: Tensor | None = None) -> int:
+    """FLOPs of the module's forward on one row, operation by operation. t: [1], 0 unless given.
+
+    The package's DiT is counted without data, on torch's meta device, which not every module can be on: any other is called.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton, which importing fastcfg should not
 
-    null = torch.as_tensor(0 if model.null_label is None else model.null_label)
-    x = torch.empty(1, *model.shape, device="meta", dtype=model.dtype)
-    t = torch.zeros(1, dtype=torch.int64, device="meta")
-    y = torch.empty(1, *null.shape, dtype=null.dtype, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call_module(_without_data(model.module), x, t, y)
+    if is_plain_dit(model.module):
+        assert isinstance(model.module, DiT)
+        with torch.device("meta"):
+            model = replace(model, module=DiT(model.module.config).eval())
+    with FlopCounterMode(display=False) as counter:
+        try_module(model, _time(t), 0 if model.null_label is None else None)
     return counter.get_total_flops()
 
 
-def count_gradient_flops(classifier: nn.Module, model: Denoiser) -> int:
+def count_gradient_flops(classifier: nn.Module, model: Denoiser, t: Tensor | None = None) -> int:
     """FLOPs of one row's grad_x log p(y | x_t): the classifier's forward, and its backward as far as x."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    x = torch.empty(1, *model.shape, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        module = copy.deepcopy(classifier).float()  # autograd takes no tensors that were made in inference mode
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        x = torch.zeros(1, *model.shape, device=device, dtype=torch.float32, requires_grad=True)
         # A clone, since the inputs that the counter hooks into cannot be leaves
-        logits = _without_data(classifier).float()(x.clone(), torch.zeros(1, dtype=torch.int64, device="meta"))
-        torch.autograd.grad(logits.sum(), x)
+        torch.autograd.grad(module(x.clone(), _time(t).to(device)).sum(), x)
     return counter.get_total_flops()
 
 
-def _without_data(module: nn.Module) -> nn.Module:
-    """A copy of `module` on the meta device. Its weights are never copied: deepcopy is told that they are copied already."""
-    copies: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
-    copies |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
-    return copy.deepcopy(module, copies).to("meta")
+def _time(t: Tensor | None) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64) if t is None else t
 
 
 def _ledger(

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -238,18 +239,58 @@ def test_without_triton_the_ledger_is_left_out_and_said(monkeypatch: pytest.Monk
         explained(ceilings="measured")
 
 
+class Plain(Square):
+    """What torch's meta device has no way for: a tensor that is no buffer, a branch on a value, a t in fractions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.ones(12)
+        self.time = nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = x + self.time(t[:, None])[:, :, None, None] if t.max().item() else x
+        return (self.linear(x.flatten(1)) * self.table).view_as(x)
+
+
+def test_any_module_that_can_be_sampled_is_counted() -> None:
+    model = Denoiser(Plain().eval(), (3, 2, 2), 1, 1)
+    one = fastcfg.Sampler(model, steps=5, solver="euler", spacing="linspace")
+    assert one([0], 2.0).shape == (1, 3, 2, 2)
+    assert one.explain().flops_per_row == 2 * 12 * 12 + 2
+    unguided = fastcfg.Sampler(replace(model, null_label=None), steps=5, solver="euler", spacing="linspace")
+    assert unguided.explain().flops_per_row == 2 * 12 * 12 + 2
+    traced = torch.jit.trace(Square().eval(), (torch.zeros(1, 3, 2, 2), torch.zeros(1), torch.zeros(1)))
+    assert fastcfg.Sampler(traced, null_label=1, shape=(3, 2, 2), steps=4).explain().flops_per_row == 2 * 12 * 12
+
+
+class Classifying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(12, 1), torch.ones(12)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1) * self.table)
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_a_classifier_is_counted_in_any_mode(mode: Callable[[], AbstractContextManager]) -> None:
+    with mode():
+        guidance = fastcfg.ClassifierGuidance(Classifying().eval())
+        one = fastcfg.Sampler(Square().eval(), null_label=1, shape=(3, 2, 2), steps=4, classifier_guidance=guidance)
+        told = one.explain()
+    assert told.classifier_flops == told.classifier_rows * 2 * 2 * 12  # forward, and backward as far as x
+
+
 def test_counting_copies_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Square().eval()
-    module.table = torch.zeros(3)
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was copied")
 
-    def refuse(self: torch.Tensor, _: dict) -> torch.Tensor:
-        assert self.device.type == "meta" or self is module.table, "a weight was copied"
-        return self
-
-    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
     monkeypatch.setattr(torch.Tensor, "__deepcopy__", refuse)
-    assert count_flops(Denoiser(module, (3, 2, 2), 1, 1)) == 2 * 12 * 12
-    assert {p.device for p in (*module.parameters(), *module.buffers())} == {CPU}
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", refuse)
+    for model, flops in ((Denoiser(Square().eval(), (3, 2, 2), 1, 1), 2 * 12 * 12), (random_model(), None)):
+        counted = count_flops(model)
+        assert counted == flops if flops else counted > 0
+        assert {p.device for p in (*model.module.parameters(), *model.module.buffers())} == {CPU}
 
 
 def test_stated_ceilings_are_the_data_sheets_in_flops_and_bytes() -> None:
