@@ -117,6 +117,10 @@ class Sampler:
             raise Error(f"a sampler on engine {self.engine.name!r} is neither pickled nor copied: make one in each process")
         return self.__dict__ | {"_watch": None}  # what it took here is no other's, and on a GPU a stream and events
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()  # by where the weights lie, and how often they were written, a converted copy would seem outdated
+
     def __call__(
         self,
         labels: Sequence[int] | Tensor,

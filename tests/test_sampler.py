@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastcfg import Denoiser, DiT, Error, Sampler
+from fastcfg import ClassifierGuidance, Denoiser, DiT, Error, Sampler
 from fastcfg.engines.workers import one_thread
 from fastcfg.models.denoiser import as_denoiser
 from fastcfg.noise import INITIAL_STEP, normal
@@ -666,16 +666,33 @@ def test_embeddings_may_come_as_a_list():
     assert torch.equal(sampler(y.tolist(), 3.0), sampler(y, 3.0))
 
 
+class Judging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(math.prod(SHAPE), CLASSES)
+
+    def forward(self, x, t):
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"dtype": "bf16"}, {"classifier_guidance": ClassifierGuidance(Judging().double().eval())}]
+)
 @pytest.mark.parametrize(
     "again", [copy.deepcopy, lambda sampler: pickle.loads(pickle.dumps(sampler))], ids=["copied", "pickled"]
 )
-def test_a_sampler_over_the_reference_engine_is_copied_and_pickled(again):
-    sampler = sampler_of(small_dit())
-    samples = sampler([1, 2], 2.0)
+def test_a_sampler_over_the_reference_engine_is_copied_and_pickled(again, kind):
+    sampler = sampler_of(small_dit(), **kind)
+    samples = sampler([1, 2])
     sampler._watch.no_other_may_have_it = threading.Lock()  # as the stream and events of a GPU
     other = again(sampler)
     assert other.last_seconds is None
-    assert torch.equal(other([1, 2], 2.0), samples)
+    assert torch.equal(other([1, 2]), samples)
+    if "dtype" in kind:  # then the weights are a converted copy
+        nn.init.zeros_(other.model.module.final_layer.linear.weight)
+        assert torch.equal(sampler([1, 2]), samples)
+        with pytest.raises(Error, match=r"sampler\.refresh\(\)"):
+            other([1, 2])
 
 
 def test_a_module_of_another_precision_is_noticed():
