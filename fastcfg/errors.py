@@ -26,7 +26,7 @@ def as_whole(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
         return None
 
 

@@ -8,7 +8,6 @@ the integers agree bit for bit everywhere, the normal values bit for bit on one 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_whole
 
 INITIAL_STEP = 0  # x_T is drawn at step 0, the noise of the i-th executed step (from 0) at step i + 1
 
@@ -65,19 +64,21 @@ def normal(seeds: ArrayLike, indices: ArrayLike, step: ArrayLike, shape: Sequenc
     step: `INITIAL_STEP` for x_T, i + 1 for the i-th executed step; one for all rows, or one a row [B].
     Raises Error for what is not a whole number of 64 bits.
     """
-    key, index = _whole("seeds", seeds).reshape(-1, 1), _whole("indices", indices).view(np.uint64).reshape(-1, 1)
+    key, index = whole_numbers("seeds", seeds)[:, None], whole_numbers("indices", indices).view(np.uint64)[:, None]
     element = np.arange(int(np.prod(shape)), dtype=np.uint64)[None]
     at = np.asarray(step).astype(np.uint64).reshape(-1, 1)
     words = philox(key, (element, at, index & _LOW, index >> _SHIFT))
     return torch.from_numpy(box_muller(words)).reshape(len(key), *shape)
 
 
-def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    """int64. NumPy makes float64, which holds 53 bits, of a list with numbers from 2^63 on and negative ones."""
-    array = np.asarray(values)
-    if array.dtype.kind in "iu":
-        return array.astype(np.int64)
-    numbers = [as_seed(value) for value in np.asarray(values, object).ravel()]
+def whole_numbers(name: str, values: Any) -> NDArray[np.int64]:
+    """`values` [B] of any library's as int64, each as `as_seed` gives it. Raises Error, which calls them `name`, for others."""
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
+        return values.astype(np.int64)
+    try:  # one by one: NumPy makes float64, which holds 53 bits, of numbers from 2^63 on beside negative ones
+        numbers = [as_seed(value) for value in values]
+    except TypeError:
+        numbers = [None]
     if None in numbers:
         raise Error(f"{name} must be whole numbers of up to 64 bits, got {values!r}")
     return np.array(numbers, np.int64)
@@ -85,12 +86,7 @@ def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
 
 def as_seed(value: Any) -> int | None:
     """`value` as a Python int if it is a whole number that fits 64 bits (signed or not), else None."""
-    if isinstance(value, bool):
-        return None
-    try:
-        number = operator.index(value)
-    except TypeError:
-        return None
-    if not -(2**63) <= number < 2**64:
+    number = as_whole(value)
+    if number is None or not -(2**63) <= number < 2**64:
         return None
     return number if number < 2**63 else number - 2**64

@@ -20,7 +20,7 @@ from fastcfg.explain import Explanation, explain
 from fastcfg.guidance import ClassifierGuidance, Guidance, Interval, scale_from_w, scale_table
 from fastcfg.models.denoiser import Denoiser, as_denoiser, try_module
 from fastcfg.models.dit import DiT
-from fastcfg.noise import as_seed
+from fastcfg.noise import as_seed, whole_numbers
 from fastcfg.plan import make_plan
 from fastcfg.schedules import Array, Schedule
 
@@ -363,27 +363,22 @@ def _batches(guided: NDArray[np.bool_], batch: int, fill: bool) -> Iterator[tupl
 
 def _counters(seeds: Any, indices: Any, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(seed, index) of every row, int64 [B] each."""
-    one = as_seed(seeds) if not isinstance(seeds, Tensor) or seeds.ndim == 0 else None
+    one = as_seed(seeds)
     if one is not None:
         seed = np.full(rows, one)
         index = np.arange(rows)
     else:
-        seed = _whole_numbers("seeds", seeds, rows)
+        seed = _of_rows("seeds", seeds, rows)
         index = np.zeros(rows, np.int64)
     if indices is not None:
-        index = _whole_numbers("indices", indices, rows)
+        index = _of_rows("indices", indices, rows)
         if index.min() < 0:
-            raise Error(f"indices must be at least 0, got {index.min()}")
+            raise Error(f"indices must be at least 0 and below 2^63, got {indices!r}")
     return seed, index
 
 
-def _whole_numbers(name: str, values: Any, rows: int) -> NDArray[np.int64]:
-    try:
-        numbers = [as_seed(value) for value in values]
-    except TypeError:
-        numbers = [None]
-    if any(number is None for number in numbers):
-        raise Error(f"{name} must be whole numbers of up to 64 bits, one or one per row, got {values!r}")
+def _of_rows(name: str, values: Any, rows: int) -> NDArray[np.int64]:
+    numbers = whole_numbers(name, values)
     if len(numbers) != rows:
         raise Error(f"{name} has one number a row: {len(numbers)} arrived for {rows} rows")
-    return np.asarray(numbers, np.int64)
+    return numbers

@@ -168,6 +168,7 @@ def test_neighbouring_streams_are_independent(streams):
         (2**64, None),
         (-(2**63) - 1, None),
         (True, None),
+        (torch.tensor(True), None),
         (1.0, None),
         ("1", None),
         (None, None),
