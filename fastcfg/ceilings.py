@@ -65,7 +65,7 @@ STATED = {
 
 def stated_ceilings(name: str) -> Ceilings:
     """The vendor's figures for one of `STATED`. Raises Error for any other name."""
-    if name not in STATED:
+    if not isinstance(name, str) or name not in STATED:
         raise Error(f"no stated ceilings for {name!r}: known are {', '.join(STATED)}; others can be measured on the device")
     return STATED[name]
 

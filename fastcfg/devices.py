@@ -16,5 +16,5 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise Error(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

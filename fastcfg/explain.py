@@ -167,7 +167,7 @@ def _ledger(
     model: Denoiser, plan: Plan, engine: Engine, batch: int, asked: str | Ceilings | None, dtype: torch.dtype | None
 ) -> tuple[Ledger | None, tuple[str, ...]]:
     """The ledger where there is one, and a note where it is left out for want of Triton."""
-    gpu = stated_ceilings(asked) if isinstance(asked, str) and asked != MEASURED else None
+    gpu = None if asked is None or asked == MEASURED or isinstance(asked, Ceilings) else stated_ceilings(asked)
     name = "cuda" if gpu is not None else engine.name
     note: tuple[str, ...] = ()
     try:

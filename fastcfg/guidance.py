@@ -169,7 +169,10 @@ def _std(x: Tensor) -> Tensor:
 def _checked_scale(scale: Any, name: str = "scale", least: float = 1.0) -> Array:
     """`scale` as float64 of rank 0, 1 or 2, every value finite and at least `least`."""
     try:
-        values = np.asarray(scale.detach().cpu().double() if isinstance(scale, Tensor) else scale)
+        if isinstance(scale, Tensor):
+            scale = scale.detach().cpu()
+            scale = scale.double() if scale.is_floating_point() else scale  # NumPy has no bfloat16
+        values = np.asarray(scale)
         if values.dtype == bool or values.dtype.kind not in "iuf":
             raise TypeError
         values = values.astype(np.float64)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastcfg.errors import Error, as_whole, check_known
 
@@ -109,6 +110,7 @@ class Schedule:
 def _numbers(name: str, values: Any) -> Array:
     """`values` as float64 [T], each finite; a copy, which nobody changes after the checks."""
     try:
+        values = values.detach().cpu().double() if isinstance(values, Tensor) else values
         table = np.asarray(values, dtype=np.float64).copy()
     except (TypeError, ValueError, RuntimeError):
         raise Error(f"{name} must be numbers, one a training timestep, got {type(values).__name__}") from None
@@ -118,7 +120,7 @@ def _numbers(name: str, values: Any) -> Array:
     return table
 
 
-def from_alpha_bar(alpha_bar: Sequence[float] | Array, *, time_offset: float = 0.0) -> Schedule:
+def from_alpha_bar(alpha_bar: Sequence[float] | Array | Tensor, *, time_offset: float = 0.0) -> Schedule:
     """A schedule of one's own, with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
 
     alpha_bar: the running product of 1 - beta (Ho et al. 2006.11239, eq. 4; diffusers' `alphas_cumprod`), [T], falling, in

@@ -190,6 +190,7 @@ CASES: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "unknown engine": (lambda: sampler(engine="warp"), ("'warp'", "reference")),
     "unknown dtype": (lambda: sampler(dtype="fp8"), ("'fp8'", "bf16")),
     "unknown device": (lambda: sampler(device="abacus"), ("'abacus'",)),
+    "device whose library is not here": (lambda: sampler(device="hpu"), ("'hpu'",)),
     # models
     "not a module": (lambda: Sampler(lambda x, t, y: x), ("torch.nn.Module", "function")),
     "null label beyond the table": (lambda: sampler(null_label=4), ("null_label 4", "0..3")),

@@ -201,6 +201,7 @@ def test_the_floor_of_a_batch_stands_beside_its_time() -> None:
     ("ask", "words"),
     [
         (lambda: explained(ceilings="h300"), ("'h300'", "h100, h200")),
+        (lambda: explained(ceilings=["h100"]), ("['h100']", "h100, h200")),
         (lambda: explained("reference", ceilings="measured"), ("'measured'", "'reference'")),
         (lambda: explained(ceilings="h100", dtype=torch.int8), ("int8", "bfloat16")),
         (lambda: explained(ceilings=Ceilings("a GPU", "stated", {"bfloat16": 1e12}, 1e12)), ("no rate for float32",)),

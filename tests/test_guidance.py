@@ -249,6 +249,7 @@ def test_a_scale_for_some_of_the_rows_is_refused():
         ("4", "a number or numbers"),
         (True, "a number or numbers"),
         ([True, False], "a number or numbers"),
+        (torch.tensor([True, True]), "a number or numbers"),
         (None, "a number or numbers"),
         ([[1.0], [2.0, 3.0]], "a number or numbers"),
         (2 + 1j, "a number or numbers"),

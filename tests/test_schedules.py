@@ -204,6 +204,7 @@ def test_a_table_of_ones_own_is_kept_as_float64(form):
 def test_from_alpha_bar_makes_both_tables():
     table = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
     assert (from_alpha_bar(table).alpha == ALPHA).all()
+    assert (from_alpha_bar(torch.nn.Parameter(torch.from_numpy(table))).alpha == ALPHA).all()  # as a module holds it
     assert (from_alpha_bar(table).sigma == SIGMA).all()
     later = make_plan(from_alpha_bar(table, time_offset=1), steps=10)
     assert later.timesteps.tolist() == (make_plan(schedule("linear"), steps=10).timesteps + 1).tolist()
