@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,26 @@ def test_geometry_of_a_label_that_only_the_data_has_is_refused(tmp_path: Path) -
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 2, result.output
     assert "label 11 is out of range: the model's labels are 0..9" in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "extra"),
+    [
+        ("plot geometry --out {folder}/x.png", "matplotlib", "plot"),
+        ("train {folder}/x.npz --out {folder}/run", "matplotlib", "plot"),
+        ("eval {folder}/x.npz {folder}/x.npz --features fashion-cnn", "scipy.linalg", "metrics"),
+        ("eval {folder}/x.npz {folder}/x.npz --features fashion-cnn --metrics inception_score", "scipy.linalg", "metrics"),
+    ],
+)
+def test_a_missing_extra_is_named_before_the_work(
+    line: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = np.zeros((20, 28, 28, 1), np.uint8), np.arange(20) % 10
+    np.savez(tmp_path / "x.npz", images=images, labels=labels, arr_0=images, arr_1=labels)
+    for work in ("fastcfg.sampler.Sampler.__call__", "fastcfg.training.loop.Trainer.__init__", "fastcfg.metrics.extract"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it worked"))
+    monkeypatch.setitem(sys.modules, module, None)
+    result = CliRunner().invoke(main, line.format(folder=tmp_path).split())
+    assert result.exit_code == 2, result.output
+    assert f"pip install 'fastcfg[{extra}]'" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import torch
 
+from fastcfg import plots
 from fastcfg.checkpoints import load
 from fastcfg.cli.options import out_path, parse_numbers
 from fastcfg.errors import Error
@@ -40,6 +41,7 @@ def geometry(
     """
     path = out_path(out, (".png",))
     check_writable(path)
+    plots.pyplot()  # before the sampling
     scales = parse_numbers(scale, "--scale", float)
     model = load(checkpoint)
     if model.predicts != "eps":

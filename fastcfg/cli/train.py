@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from fastcfg import plots
 from fastcfg.cli.training import make_folder, prepare, run_options
 from fastcfg.training.config import TrainConfig
 
@@ -37,6 +38,7 @@ def command(data: Path, out: Path, threads: int | None, **options: Any) -> None:
     from fastcfg.training.loop import Trainer  # what only training needs comes late
     from fastcfg.training.report import report
 
+    plots.pyplot()  # before the work, which may take hours
     config = TrainConfig(**options)
     images = prepare(data, threads)
     trainer = Trainer(config, images, out)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, missing_extra
 
 CONFIDENCE = 1.96  # standard errors on either side: 95 % of a normal distribution
 SEED = 2020  # torch-fidelity's, with whose draws those of this seed agree
@@ -62,3 +64,11 @@ def feature_pair(a: ArrayLike, b: ArrayLike, least: int = 2) -> tuple[NDArray[np
 def check_widths(a: int, b: int) -> None:
     if a != b:
         raise Error(f"features must have one width, got {a} and {b}: both sets must come from one network")
+
+
+def scipy(part: str, purpose: str) -> ModuleType:
+    """scipy's module `part`. Raises Error where the extra `metrics` is missing."""
+    try:
+        return import_module(f"scipy.{part}")
+    except ImportError as error:
+        raise missing_extra("metrics", purpose, error) from error

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastcfg.errors import Error, check_known
 from fastcfg.metrics.accuracy import class_accuracy
-from fastcfg.metrics.arrays import SEED, Estimate, check_widths, generator
+from fastcfg.metrics.arrays import SEED, Estimate, check_widths, generator, scipy
 from fastcfg.metrics.features import Features, Reference
 from fastcfg.metrics.frechet import frechet_distance, frechet_error
 from fastcfg.metrics.kernel import SUBSET_SIZE, kid
@@ -20,6 +20,7 @@ from fastcfg.metrics.score import SPLITS, inception_score, inception_score_error
 MANIFOLD = ("precision", "recall", "density", "coverage")
 METRICS = ("frechet_distance", "kid", "inception_score", *MANIFOLD, "class_accuracy")
 WITHOUT_REFERENCE = ("inception_score", "class_accuracy")  # figures of the samples alone
+WITH_SCIPY = ("frechet_distance", "inception_score")
 WIDE = 512  # features, above which a resample of the Frechet distance is no matter of milliseconds
 
 
@@ -72,7 +73,8 @@ def check(
     """The names of `metrics`, or of all that these inputs allow.
 
     Raises Error for unknown names, a bootstrap of one, an impossible seed, features of two widths, and metrics that the inputs
-    do not allow. A reference of None is not known yet. samples may be a `preview`: only shapes and labels are looked at.
+    do not allow or for which scipy is missing. A reference of None is not known yet. samples may be a `preview`: only shapes
+    and labels are looked at.
     """
     generator(seed)
     if bootstrap is not None and (bootstrap < 0 or bootstrap == 1):
@@ -80,13 +82,14 @@ def check(
     if reference is not None:
         check_widths(samples.values.shape[1], len(reference.moments.mu))
     lacking = unavailable(samples, reference)
-    if metrics is None:
-        return [name for name in METRICS if name not in lacking]
-    for name in metrics:
+    wanted = [name for name in METRICS if name not in lacking] if metrics is None else list(metrics)
+    for name in wanted:
         check_known("metric", name, METRICS)
         if name in lacking:
             raise Error(f"{name} {lacking[name]}")
-    return list(metrics)
+        if name in WITH_SCIPY:
+            scipy("linalg", name.replace("_", " "))
+    return wanted
 
 
 def unavailable(samples: Features, reference: Reference | None) -> dict[str, str]:

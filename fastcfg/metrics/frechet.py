@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastcfg.errors import Error, missing_extra
-from fastcfg.metrics.arrays import SEED, as_features, check_widths, generator
+from fastcfg.errors import Error
+from fastcfg.metrics.arrays import SEED, as_features, check_widths, generator, scipy
+
+PURPOSE = "the Frechet distance"  # of scipy
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def frechet_distance(a: ArrayLike | Moments, b: ArrayLike | Moments) -> float:
 
     Computed in float64; covariances may be singular (N <= D). Needs the extra `metrics` (scipy).
     """
-    linalg = _linalg()
+    linalg = scipy("linalg", PURPOSE)
     a, b = _moments(a), _moments(b)
     check_widths(len(a.mu), len(b.mu))
     # tr (C_a C_b)^(1/2) is the sum of the singular values of C_a^(1/2) C_b^(1/2). The square roots of the eigenvalues of the
@@ -53,7 +54,7 @@ def frechet_error(a: ArrayLike, b: ArrayLike | Moments, resamples: int = 100, se
 
     A resample costs min(N, D)^2 max(N, D) operations.
     """
-    linalg = _linalg()
+    linalg = scipy("linalg", PURPOSE)
     x, other = as_features(a), _moments(b)
     n, width = x.shape
     check_widths(width, len(other.mu))
@@ -86,11 +87,3 @@ def _root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     values[values <= len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)] = 0.0
     root: NDArray[np.float64] = (vectors * np.sqrt(values)) @ vectors.T
     return root
-
-
-def _linalg() -> ModuleType:
-    try:
-        from scipy import linalg
-    except ImportError as error:
-        raise missing_extra("metrics", "the Frechet distance", error) from error
-    return linalg

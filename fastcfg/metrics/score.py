@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastcfg.errors import Error, missing_extra
-from fastcfg.metrics.arrays import SEED, generator
+from fastcfg.errors import Error
+from fastcfg.metrics.arrays import SEED, generator, scipy
 
 SPLITS = 10
 
@@ -43,10 +43,7 @@ def _score(p: NDArray[np.float64], counts: NDArray[np.integer] | NDArray[np.floa
 
 def _parts(logits: ArrayLike, splits: int, seed: int) -> list[NDArray[np.float64]]:
     """Probabilities of the parts."""
-    try:
-        from scipy.special import softmax
-    except ImportError as error:
-        raise missing_extra("metrics", "the inception score", error) from error
+    special = scipy("special", "the inception score")
     x = np.asarray(logits, dtype=np.float64)
     if x.ndim != 2 or x.shape[1] < 2:
         raise Error(f"logits must be [N, K] with two classes or more, got shape {list(x.shape)}")
@@ -54,6 +51,6 @@ def _parts(logits: ArrayLike, splits: int, seed: int) -> list[NDArray[np.float64
         raise Error(f"too few samples: {splits} splits need at least as many rows of logits, got {len(x)}")
     if np.isnan(x).any() or np.isinf(x.max(axis=1)).any():
         raise Error("logits must be numbers, with at least one a row above -inf: got NaN or infinity")
-    p = softmax(x[generator(seed).permutation(len(x))], axis=1)
+    p = special.softmax(x[generator(seed).permutation(len(x))], axis=1)
     edges = [i * len(x) // splits for i in range(splits + 1)]
     return [p[a:b] for a, b in pairwise(edges)]
