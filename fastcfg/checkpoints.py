@@ -37,7 +37,7 @@ def load(name: str | Path, device: str | torch.device = "cpu") -> Denoiser:
     Raises Error for anything else, for a file cut short, for a pickle that holds more than tensors and for a device that is
     not here.
     """
-    where = find_device(str(device))
+    where = find_device(device)
     if str(name) in SHIPPED:
         with as_file(files("fastcfg").joinpath(f"assets/{name}.safetensors")) as path:
             model = _load_ours(path)

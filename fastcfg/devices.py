@@ -7,8 +7,8 @@ import torch
 from fastcfg.errors import Error
 
 
-def find_device(name: str) -> torch.device:
-    """ "auto" (a GPU where there is one, else the CPU) or torch's name of a device, as tensors on it say it: cuda:0 for cuda.
+def find_device(name: str | torch.device) -> torch.device:
+    """ "auto" (a GPU where there is one, else the CPU), or a device or its name; as tensors on it say it: cuda:0 for cuda.
 
     Raises Error for one that is not here.
     """

@@ -83,7 +83,7 @@ def make_plan(
     *,
     steps: int,
     solver: str = "ddim",
-    spacing: str | Sequence[float] = "dit",
+    spacing: str | Sequence[float] | NDArray[Any] = "dit",
     predicts: str = "eps",
     eta: float = 0.0,
     variance: str = "posterior",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from fastcfg.models.dit import DiT
 from fastcfg.noise import as_seed, whole_numbers
 from fastcfg.plan import make_plan
 from fastcfg.schedules import Array, Schedule
+
+Numbers: TypeAlias = "Sequence[int] | NDArray[Any] | Tensor"
 
 
 class Sampler:
@@ -48,7 +50,7 @@ class Sampler:
         *,
         steps: int = 50,
         solver: str = "ddim",
-        spacing: str | Sequence[float] = "dit",
+        spacing: str | Sequence[float] | NDArray[Any] = "dit",
         eta: float | None = None,
         variance: str | None = None,
         clip: bool | str | None = None,
@@ -57,7 +59,7 @@ class Sampler:
         guidance_channels: int | None = None,
         classifier_guidance: ClassifierGuidance | None = None,
         batch: int = 16,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: str = "auto",
         engine: str = "auto",
         schedule: str | Schedule | None = None,
@@ -123,13 +125,13 @@ class Sampler:
 
     def __call__(
         self,
-        labels: Sequence[int] | Tensor,
+        labels: Numbers | Sequence[Tensor],
         scale: Any = None,
-        seeds: int | Sequence[int] | Tensor = 0,
+        seeds: int | Numbers = 0,
         *,
         w: Any = None,
         classifier_scale: Any = None,
-        indices: Sequence[int] | Tensor | None = None,
+        indices: Numbers | None = None,
         x_T: Tensor | None = None,
         noise: Tensor | None = None,
         on_batch: Callable[[int], object] | None = None,
@@ -178,7 +180,7 @@ class Sampler:
         assert result is not None
         return result
 
-    def predict(self, x: Tensor, t: Tensor, labels: Sequence[int] | Tensor | None) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, labels: Numbers | Sequence[Tensor] | None) -> Tensor:
         """The network's output as the engine computes it, float32 [N, C or 2C, H, W].
 
         x: [N, C, H, W] at noise level t: [N], as the model counts timesteps. labels: [N], or None for the null label.

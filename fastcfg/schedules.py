@@ -260,7 +260,7 @@ SPACINGS = {"dit": _dit, "ddim": _ddim, "leading": _leading, "trailing": _traili
 
 
 def timesteps(
-    spacing: str | Sequence[float],
+    spacing: str | Sequence[float] | Array,
     T: int,
     steps: int,
     *,
@@ -290,7 +290,7 @@ def timesteps(
     return positions
 
 
-def _given_timesteps(given: Sequence[float], T: int, steps: int, fractional: bool) -> Array:
+def _given_timesteps(given: Sequence[float] | Array, T: int, steps: int, fractional: bool) -> Array:
     try:
         positions = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -45,7 +45,7 @@ ON_CPU = ("cpu", "openvino")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
-def make_engine(name: str, model: Denoiser, plan: Plan, device: str, dtype: str) -> Engine:
+def make_engine(name: str, model: Denoiser, plan: Plan, device: str | torch.device, dtype: str) -> Engine:
     """The engine called `name` ("auto": cpu for a DiT on the CPU, else reference), for one model and plan.
 
     device: "auto" (a GPU where there is one and the engine uses it, else the CPU) or torch's name of one. dtype: "fp32",

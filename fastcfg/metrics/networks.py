@@ -43,7 +43,7 @@ def load_network(name: str | Path, device: str | torch.device = "cpu") -> Featur
     A TorchScript file runs the code it holds: load only files you trust. It takes uint8 images; where its forward has the
     argument `return_features`, as in StyleGAN's inception-2015-12-05.pt, that is used, and its `output` layer gives logits.
     """
-    where = find_device(str(device))
+    where = find_device(device)
     if str(name) in SHIPPED:
         return _fashion_cnn(where)
     path = Path(name)

@@ -113,7 +113,7 @@ def load_classifier(name: str | Path, device: str | torch.device = "cpu") -> Cla
     as `Sampler` takes it.
     Raises Error for a file of another kind, one cut short, weights that do not fit its config and a device that is not here.
     """
-    where = find_device(str(device))
+    where = find_device(device)
     if str(name) in SHIPPED:
         with as_file(files("fastcfg").joinpath(f"assets/{name}-classifier.safetensors")) as path:
             return load_classifier(path, where)
