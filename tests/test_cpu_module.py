@@ -199,6 +199,14 @@ def test_in_bf16_it_goes_stale_and_has_no_int8(way: str, monkeypatch: pytest.Mon
         sampler(module, dtype="int8")
 
 
+def test_float16_is_what_the_module_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle("eager", monkeypatch)
+    module = Convolution().eval()
+    made = sampler(module, dtype="fp16")
+    assert made.engine.dtype == torch.float16
+    assert 0 < relative(made([0]), reference(module)([0])) < 3e-3
+
+
 @needs_openvino
 def test_openvino_copies_weights_and_knows_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     settle("openvino", monkeypatch)

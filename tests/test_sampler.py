@@ -513,6 +513,14 @@ class Giving(nn.Module):
         return self.function(x)
 
 
+class Configured(Giving):
+    """A module that says its samples' size as diffusers' do."""
+
+    def __init__(self, size):
+        super().__init__(torch.sin)
+        self.config = {"in_channels": 1, "sample_size": size}
+
+
 class Refusing(nn.Module):
     def forward(self, x, t, y):
         raise ValueError("wants four inputs")
@@ -537,6 +545,8 @@ class Refusing(nn.Module):
         (Fixed(0.0), {"shape": (1, 2, 2)}, "pass null_label="),
         (Fixed(0.0), {"null_label": 1}, "pass shape="),
         (Fixed(0.0), {"null_label": 1, "shape": (1, 2)}, r"three whole numbers \(C, H, W\)"),
+        (Configured([8]).eval(), {"null_label": 1}, r"shape must be three whole numbers \(C, H, W\), got \(1, 8\)"),
+        (Configured(0.5).eval(), {"null_label": 1}, r"shape must be three whole numbers .*, got \(1, 0.5, 0.5\)"),
         (Refusing().eval(), {"null_label": 1, "shape": (1, 2, 2)}, "wants four inputs"),
         (nn.Bilinear(2, 2, 2).eval(), {"null_label": 1, "shape": (1, 2, 2)}, r"could not be called as module\(x"),
         (small_dit(), {"num_classes": 7}, "num_classes 7 asked, but the model's label table has rows 0..5"),

@@ -30,8 +30,8 @@ class CpuModuleEngine(ReferenceEngine):
 
     A forward is the module's own, torch.compile's or, where it is installed, OpenVINO's (`openvino_module`): the fastest, as
     measured at the first forward of a shape and remembered. `notes` says which that was, and why another could not be had.
-    dtype: float32, bfloat16, or None for the module's own. Runs take turns. Torch's own threads compute, and a process that
-    is forked once they have would wait for them for ever: start it by spawn.
+    dtype: float32, bfloat16, float16, or None for the module's own. Runs take turns. Torch's own threads compute, and a process
+    that is forked once they have would wait for them for ever: start it by spawn.
     """
 
     name = "cpu"

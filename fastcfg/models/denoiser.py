@@ -133,8 +133,7 @@ def _describe_foreign(
         channels, size = config.get("in_channels"), config.get("sample_size")
         if channels is None or size is None:
             raise Error(f"{type(module).__name__} does not say the shape of its samples: pass shape=(C, H, W)")
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (channels, height, width)
+        shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
     if null_label is None:
         null_label = config.get("num_embeds_ada_norm")  # diffusers' DiT keeps one row more than it has classes
     if null_label is None:
