@@ -44,9 +44,13 @@ def test_golden_forward(golden: Golden) -> None:
         assert (one - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_numpys_whole_numbers_make_a_config_that_can_be_stored() -> None:
-    given = {name: np.int64(value) for name, value in TINY.items()}
-    assert DiTConfig.from_json(json.loads(json.dumps(DiTConfig(**given).to_json()))) == DiTConfig(**TINY)
+def test_numpys_numbers_make_a_config_that_can_be_stored() -> None:
+    given = {name: np.int64(value) for name, value in TINY.items()} | {
+        "mlp_ratio": np.float32(2),
+        "time_frequency_shift": np.int64(1),
+    }
+    want = DiTConfig(**TINY, mlp_ratio=2, time_frequency_shift=1)
+    assert DiTConfig.from_json(json.loads(json.dumps(DiTConfig(**given).to_json()))) == want
 
 
 # Million parameters in the paper's table 1 (patch 2), and how many of ours are fixed rather than trained there.

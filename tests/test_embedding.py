@@ -133,6 +133,13 @@ def test_a_loaders_samples_depend_on_neither_workers_nor_order(
     assert dataset.sampler is None
 
 
+def test_a_compiled_function_samples_by_what_is_not_traced(checkpoint: str) -> None:
+    sampler = fastcfg.Sampler(fastcfg.load(checkpoint), steps=2, batch=2, dtype="fp32")
+    sample = torch.compiler.disable(sampler.__call__)
+    compiled = torch.compile(lambda labels: sample(labels, 2.0) * 2, backend="eager")
+    assert torch.equal(compiled([0, 1]), sampler([0, 1], 2.0) * 2)
+
+
 def test_a_sampler_made_before_a_fork_works_after_it(checkpoint: str) -> None:
     if "fork" not in torch.multiprocessing.get_all_start_methods():
         pytest.skip("no fork here")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.errors import Error, as_whole, check_known
+from fastcfg.errors import Error, as_number, as_whole, check_known
 
 CPU = torch.device("cpu")
 FREQUENCY_DIM = 256  # width of the sinusoidal timestep features in every official DiT
@@ -43,7 +43,7 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
     learn_sigma: bool = True
-    time_frequency_shift: int = 0
+    time_frequency_shift: float = 0
     mlp_norm_eps: float = 1e-6
     block_conditioning: bool = False
 
@@ -66,9 +66,10 @@ class DiTConfig:
             ("mlp_norm_eps", 1e-12, 1.0),
             ("time_frequency_shift", 0, 1),
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise Error(f"DiT: {name} must be a number in [{low:g}, {high:g}], got {value!r}")
+            number = as_number(getattr(self, name))
+            if number is None or not low <= number <= high:
+                raise Error(f"DiT: {name} must be a number in [{low:g}, {high:g}], got {getattr(self, name)!r}")
+            object.__setattr__(self, name, number)
         for name in ("learn_sigma", "block_conditioning"):
             if not isinstance(getattr(self, name), bool):
                 raise Error(f"DiT: {name} must be true or false, got {getattr(self, name)!r}")
@@ -141,7 +142,7 @@ class SiLU(nn.Module):
 
 
 @lru_cache
-def timestep_frequencies(shift: int, device: torch.device = CPU) -> Tensor:
+def timestep_frequencies(shift: float, device: torch.device = CPU) -> Tensor:
     """10000^(-i / (128 - shift)) for i = 0..127, float32, the same on every machine; kept on each device, since a copy in every
     forward would wait for the device, which CUDA graphs do not allow.
 
@@ -165,7 +166,7 @@ def timestep_frequencies(shift: int, device: torch.device = CPU) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """t [N] -> [N, D]: sinusoidal features through two layers."""
 
-    def __init__(self, hidden_size: int, frequency_shift: int):
+    def __init__(self, hidden_size: int, frequency_shift: float):
         super().__init__()
         self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, hidden_size), SiLU(), nn.Linear(hidden_size, hidden_size))
