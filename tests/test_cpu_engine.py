@@ -293,6 +293,12 @@ CHANGES = {
     "hook": lambda module: module.blocks[0].attn.register_forward_hook(lambda *_: None),
     "hook before": lambda module: module.blocks[0].attn.register_forward_pre_hook(lambda *_: None),
     "patch": lambda module: setattr(module.blocks[0].attn, "forward", lambda x: 2 * x),
+    "norm with weights": lambda module: setattr(
+        module.blocks[0], "norm1", torch.nn.LayerNorm(module.config.hidden_size).eval()
+    ),
+    "no bias": lambda module: module.blocks[0].attn.proj.register_parameter("bias", None),
+    "wider": lambda module: setattr(module.blocks[0].mlp.fc1, "weight", torch.nn.Parameter(torch.zeros(999, 16))),
+    "heads": lambda module: setattr(module.blocks[0].attn, "num_heads", 99),
     "layer": lambda module: setattr(module.blocks[0].mlp, "fc1", torch.nn.Sequential(module.blocks[0].mlp.fc1).eval()),
 }
 

@@ -25,13 +25,7 @@ from fastcfg.engines.base import Request
 from fastcfg.engines.classifier import ClassifierTerm
 from fastcfg.errors import Error
 from fastcfg.models.denoiser import Denoiser
-from fastcfg.models.dit import (
-    DiT,
-    DiTBlock,
-    LabelEmbedder,
-    TimestepEmbedder,
-    silu,
-)
+from fastcfg.models.dit import Attention, DiT, DiTBlock, DiTConfig, LabelEmbedder, TimestepEmbedder, silu
 from fastcfg.noise import INITIAL_STEP, normal
 from fastcfg.plan import Plan
 
@@ -406,13 +400,13 @@ class FusedDiT:
 
 
 def is_plain_dit(module: nn.Module) -> bool:
-    """Whether `FusedDiT` computes what `module` does: our DiT, with no layer replaced, parametrised, patched or hooked."""
-    known, parts = _plain_parts(), [module]
-    for part in parts:  # `module.modules()` takes three times as long, and this is asked in every call
-        parts.extend(child for child in part._modules.values() if child is not None)
-    return type(module) is DiT and all(
-        _part(part) in known and not (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
-        for part in parts
+    """Whether `FusedDiT` computes what `module` does: our DiT as its config makes it, with no layer replaced, parametrised,
+    patched or hooked."""
+    if type(module) is not DiT:
+        return False
+    parts = _within(module)
+    return _made_of(parts) == _made_by(module.config) and not any(
+        part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts
     )
 
 
@@ -422,19 +416,32 @@ def refuse_changed(module: nn.Module) -> None:
         raise Error("the model has got hooks or other layers, which its sampler would leave out: make a new sampler")
 
 
+def _within(module: nn.Module) -> list[nn.Module]:
+    """The module and all in it; `module.modules()` takes three times as long, and this is asked in every call."""
+    parts = [module]
+    for part in parts:
+        parts.extend(child for child in part._modules.values() if child is not None)
+    return parts
+
+
 @lru_cache
-def _plain_parts() -> frozenset[Any]:
-    """The parts that a DiT is made of."""
+def _made_by(config: DiTConfig) -> list[Any]:
+    """What a DiT of this config is made of."""
     with torch.device("meta"):
-        plain = [DiT(input_size=2, hidden_size=4, depth=1, num_heads=1, block_conditioning=own) for own in (False, True)]
-    return frozenset(_part(part) for module in plain for part in module.modules())
+        return _made_of(_within(DiT(config)))
 
 
-def _part(module: nn.Module) -> Any:
-    """What a module is made of: its kind, and the kinds of what it holds, by name; of a list in any number."""
-    if type(module) is nn.ModuleList:
-        return nn.ModuleList, frozenset(map(type, module))
-    return type(module), tuple((name, type(child)) for name, child in module._modules.items())
+def _made_of(parts: list[nn.Module]) -> list[Any]:
+    """Each part's kind, the names of what it holds, and its weights' shapes: a LayerNorm may have some, a Linear no bias."""
+    return [
+        (
+            type(part),
+            part.num_heads if type(part) is Attention else 0,
+            [*part._modules],
+            [None if weight is None else weight.shape for weight in part._parameters.values()],
+        )
+        for part in parts
+    ]
 
 
 def _parts(labels: int, steps: int, size: int) -> Iterator[tuple[slice, slice]]:
