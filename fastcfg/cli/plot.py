@@ -7,12 +7,11 @@ from pathlib import Path
 import click
 import torch
 
-from fastcfg import plots
 from fastcfg.checkpoints import load
 from fastcfg.cli.options import out_path, parse_numbers
 from fastcfg.errors import Error
 from fastcfg.files import check_writable
-from fastcfg.plots import check_geometry, plot_geometry
+from fastcfg.plots import check_geometry, plot_geometry, pyplot
 from fastcfg.sampler import Sampler
 from fastcfg.training.data import load_data
 
@@ -41,7 +40,7 @@ def geometry(
     """
     path = out_path(out, (".png",))
     check_writable(path)
-    plots.pyplot()  # before the sampling
+    pyplot()  # before the sampling
     scales = parse_numbers(scale, "--scale", float)
     model = load(checkpoint)
     if model.predicts != "eps":
