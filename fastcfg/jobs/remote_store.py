@@ -62,8 +62,10 @@ class RemoteStore:
         self._put(f"cannot write {self.url}/{name}", lambda: self._system.pipe_file(self._path(name), content))
 
     def set_aside(self, name: str, folder: str) -> None:
-        target = self._path(f"{folder}/{name.rpartition('/')[2]}")
-        self._put(f"cannot move {self.url}/{name} to {folder}/", lambda: self._system.mv(self._path(name), target))
+        what, target = f"cannot move {self.url}/{name} to {folder}/", self._path(f"{folder}/{name.rpartition('/')[2]}")
+        # Not fsspec's mv, copy or rm: to these a path is a pattern, and job[12] means job1 and job2.
+        self._put(what, lambda: self._system.cp_file(self._path(name), target))
+        self._put(what, lambda: self._system.rm_file(self._path(name)))
 
     def prepare(self) -> None:
         pass  # a bucket that is missing or closed to us is found by the first write, job.json, before any work

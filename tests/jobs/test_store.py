@@ -55,6 +55,15 @@ def test_files_are_written_read_listed_and_moved(store: Store) -> None:
         store.read(UNIT)
 
 
+def test_a_url_is_no_pattern_of_others() -> None:
+    one, odd = RemoteStore("memory://patterns/job1"), RemoteStore("memory://patterns/job[12]")
+    for store in (one, odd):
+        store.write(UNIT, [store.url.encode()])
+    odd.set_aside(UNIT, "damaged")
+    assert (bytes(one.read(UNIT)), one.size(f"damaged/{UNIT[6:]}")) == (b"memory://patterns/job1", None)
+    assert (odd.size(UNIT), bytes(odd.read(f"damaged/{UNIT[6:]}"))) == (None, b"memory://patterns/job[12]")
+
+
 def test_stores_can_be_sent(store: Store) -> None:
     store.write(UNIT, [b"x"])
     assert bytes(pickle.loads(pickle.dumps(store)).read(UNIT)) == b"x"
