@@ -14,7 +14,7 @@ from fastcfg.jobs.store import Store
 def open_store(out: str | Path) -> Store:
     """The store at a local path or at a URL that fsspec knows (s3://, gs://, ..). Nothing is read or made yet.
 
-    Raises Error for a URL that has lost a slash.
+    Raises Error for a URL that has lost a slash, or all that should follow them.
     """
     text = str(out)
     protocol, separator, rest = text.partition("://")
@@ -25,6 +25,8 @@ def open_store(out: str | Path) -> Store:
         return LocalStore(Path(text))
     if protocol in ("file", "local"):
         return LocalStore(Path(rest))
+    if not rest.strip("/"):
+        raise Error(f"cannot open {text}: want a bucket and a folder in it, as in {protocol}://bucket/job")
     return RemoteStore(text)
 
 

@@ -264,6 +264,13 @@ def test_a_url_that_lost_a_slash_is_no_folder(out: str | Path) -> None:
         open_store(out)
 
 
+@pytest.mark.parametrize("out", ["s3://", "gs:///"])
+def test_a_url_without_a_bucket_is_no_folder(out: str) -> None:
+    """As of s3://$BUCKET where that is not set. fsspec takes what is left without the slashes, s3:, for a local folder."""
+    with pytest.raises(fastcfg.Error, match=rf"cannot open {out}: want a bucket and a folder in it, as in \w+://bucket/job"):
+        open_store(out)
+
+
 def test_a_job_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(fastcfg.Error, match=r"cannot read .*xxx/job\.json: File name too long"):
         open_job(tmp_path / ("x" * 300))
