@@ -58,9 +58,11 @@ def choose_devices(asked: str | None, workers: int | None, kind: str | None) -> 
 
 def run_units(job: Job, missing: Iterable[Unit], devices: list[str]) -> Iterator[Outcome | Sampled]:
     """A runner (see `fastcfg.jobs.worker`) of one process for each of `devices`; the CPU's share its cores."""
-    pool = [_Process(job, device, len(devices)) for device in devices]
+    pool: list[_Process] = []
     units, upcoming = iter(missing), None
     try:
+        for device in devices:
+            pool.append(_Process(job, device, len(devices)))
         while True:
             for process in pool:
                 upcoming = upcoming or next(units, None)
@@ -99,21 +101,25 @@ class _Broken:
 
 @dataclass(frozen=True)
 class _Free:
-    """From a worker process: `unit` is computed, or will not be; the device waits for the next."""
-
-    unit: Unit
+    """From a worker process: its unit is computed, or will not be; the device waits for the next."""
 
 
 class _Process:
-    """A worker process as its parent sees it: the unit it computes, and those it has computed and not yet written."""
+    """A worker process as its parent sees it: the unit it computes, and all it was given and has not reported.
+
+    Raises JobError where it cannot be started.
+    """
 
     def __init__(self, job: Job, device: str, share: int):
         self.device = device
         self.ready, self.dead = False, False
         self.computing: Unit | None = None
-        self.writing: list[Unit] = []
-        self.connection, theirs = Pipe()
-        self._child = _start(theirs)
+        self.given: list[Unit] = []
+        try:
+            self.connection, theirs = Pipe()
+            self._child = _start(theirs)
+        except OSError as error:  # no more open files, processes or memory
+            raise JobError(f"no worker could be started on {device}: {error.strerror}") from error
         theirs.close()
         threads = max(1, torch.get_num_threads() // share) if device == "cpu" else None
         self._send((job.store, job.spec.weights, device, threads))
@@ -124,10 +130,11 @@ class _Process:
 
     @property
     def busy(self) -> bool:
-        return self.computing is not None or bool(self.writing)
+        return bool(self.given)
 
     def give(self, unit: Unit) -> None:
         self.computing = unit
+        self.given.append(unit)
         self._send(unit)
 
     def receive(self) -> Outcome | Sampled | None:
@@ -142,13 +149,10 @@ class _Process:
                 self.ready = True
             case _Broken(reason):
                 raise JobError(f"no worker could be started on {self.device}: {reason}")
-            case _Free(unit):
-                if self.computing == unit:
-                    self.computing = None
-                    self.writing.append(unit)
-            case Outcome(unit):
-                self.computing = None if self.computing == unit else self.computing
-                self.writing = [other for other in self.writing if other != unit]
+            case _Free():
+                self.computing = None
+            case Outcome(unit):  # of a unit that failed this comes before _Free: only then may it be given again
+                self.given.remove(unit)
                 return message
             case Sampled():
                 return message
@@ -161,10 +165,8 @@ class _Process:
         if not self.ready:
             raise JobError(f"no worker could be started on {self.device}: {how}")
         self.connection.close()
-        if self.computing is not None:
-            yield Outcome(self.computing, "failed", how)
-        for unit in self.writing:
-            yield Outcome(unit, "lost", how)
+        for unit in self.given:
+            yield Outcome(unit, "failed" if unit == self.computing else "lost", how)
 
     def stop(self) -> None:
         """Asks the process to write what it has computed, and to end."""
@@ -237,4 +239,4 @@ def serve(descriptor: int) -> None:
     while True:
         unit = inbox.get()
         workers[0].take(unit)
-        send(_Free(unit))
+        send(_Free())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,11 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -300,6 +304,128 @@ def test_a_worker_that_cannot_start_ends_the_run(tiny_spec: Spec, tmp_path: Path
     copy.unlink()
     with pytest.raises(JobError, match=r"no worker could be started on cpu: cannot read the checkpoint"):
         list(run_units(job, all_units(job.spec), ["cpu"]))
+
+
+class StandIn:
+    """Of worker processes: each is a thread that does as its script says with the connection, and is killed by signal 9."""
+
+    def __init__(self, *scripts: Callable[[Any], None]):
+        self.scripts = list(scripts)
+        self.begun: list[tuple[Any, ...]] = []  # what each process was sent first
+
+    def start(self, theirs: Connection[Any, Any]) -> StandIn:
+        connection: Any = Connection(os.dup(theirs.fileno()))
+        threading.Thread(target=self._serve, args=(connection, self.scripts.pop(0)), daemon=True).start()
+        return self
+
+    def _serve(self, connection: Any, script: Callable[[Any], None]) -> None:
+        with connection, contextlib.suppress(OSError, EOFError):  # its parent may be gone
+            self.begun.append(connection.recv())
+            connection.send(local_runner._Ready())
+            script(connection)
+
+    def wait(self, _: float | None = None) -> int:
+        return -signal.SIGKILL
+
+    kill = wait
+
+
+def dying(connection: Any) -> None:
+    """A worker that dies of its first unit."""
+    connection.recv()
+
+
+def sound(connection: Any) -> None:
+    """A worker that writes whatever it is given."""
+    while (unit := connection.recv()) is not None:
+        connection.send(local_runner._Free())
+        connection.send(Outcome(unit, "written"))
+
+
+class Again:
+    """Of a run, what a runner takes units from: those put back while their outcomes are heard come again."""
+
+    def __init__(self, units: Iterable[Unit]):
+        self.units = list(units)
+
+    def __iter__(self) -> Again:
+        return self
+
+    def __next__(self) -> Unit:
+        if not self.units:
+            raise StopIteration
+        return self.units.pop(0)
+
+
+def test_a_unit_that_fails_is_not_taken_for_computed_when_it_is_tried_again(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises, and the worker dies of it the next time: both are failures of the unit."""
+
+    def script(connection: Any) -> None:
+        unit = connection.recv()
+        connection.send(Outcome(unit, "failed", "raised"))
+        connection.poll(0.3)  # time for the unit to be sent again
+        connection.send(local_runner._Free())
+        connection.recv()
+
+    monkeypatch.setattr(local_runner, "_start", StandIn(script, sound).start)
+    job = make_job(tiny_spec, tmp_path / "job")
+    missing = Again([next(iter(all_units(job.spec)))])
+    seen = []
+    for event in run_units(job, missing, ["cpu"]):
+        assert isinstance(event, Outcome)
+        seen.append((event.status, event.error))
+        if event.status != "written":
+            missing.units.append(event.unit)
+    assert seen == [("failed", "raised"), ("failed", "its worker was killed by signal 9"), ("written", "")]
+
+
+def test_only_the_unit_that_a_worker_died_of_is_blamed(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def script(connection: Any) -> None:
+        connection.recv()
+        connection.send(local_runner._Free())  # computed, and not yet written
+        connection.recv()
+
+    monkeypatch.setattr(local_runner, "_start", StandIn(script, sound).start)
+    job = make_job(tiny_spec, tmp_path / "job")
+    events = list(run_units(job, list(all_units(job.spec))[:2], ["cpu"]))
+    how = "its worker was killed by signal 9"
+    assert events == [Outcome(Unit(0, 0, 6), "lost", how), Outcome(Unit(1, 6, 12), "failed", how)]
+
+
+def test_a_worker_is_replaced_by_its_like(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, half = make_job(tiny_spec, tmp_path / "job"), max(1, torch.get_num_threads() // 2)
+    for devices, threads in ((["cpu", "cpu"], half), (["cuda:0", "cuda:1"], None)):
+        workers = StandIn(dying, dying, sound, sound)
+        monkeypatch.setattr(local_runner, "_start", workers.start)
+        list(run_units(job, all_units(job.spec), devices))
+        deadline = time.monotonic() + 60
+        while len(workers.begun) < 4:  # the last may hear of it only now
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert sorted(begun[2:] for begun in workers.begun) == sorted((device, threads) for device in devices * 2)
+
+
+def test_no_room_for_a_worker_is_one_error_and_no_other_is_left(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tiny_spec, tmp_path / "job")
+    children: list[subprocess.Popen[bytes]] = []
+    real = local_runner._start
+
+    def start(theirs: Any) -> subprocess.Popen[bytes]:
+        if len(children) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        children.append(real(theirs))
+        return children[-1]
+
+    monkeypatch.setattr(local_runner, "_start", start)
+    with pytest.raises(JobError, match="no worker could be started on cpu: Too many open files"):
+        list(run_units(job, all_units(job.spec), ["cpu"] * 3))
+    assert [child.poll() for child in children] == [-signal.SIGKILL] * 2
 
 
 def failing(
