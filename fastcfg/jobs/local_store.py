@@ -126,7 +126,9 @@ class LocalStore:
         self._lock(number, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        pass  # the locks end with the process
+        if self._locks is not None and self._locks[0] == os.getpid():
+            os.close(self._locks[1])  # with it go all locks
+        self._locks = None
 
     @contextmanager
     def freezing(self) -> Iterator[None]:
@@ -153,7 +155,7 @@ class LocalStore:
         return True
 
     def _descriptor(self) -> int:
-        """Open once a process: closing any descriptor of the file would drop all its locks."""
+        """Open once until `close`: closing any descriptor of the file would drop all its locks."""
         if self._locks is None or self._locks[0] != os.getpid():
             try:
                 descriptor = os.open(self.root / "claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -119,6 +119,9 @@ class RemoteStore:
         while True:
             time.sleep(LEASE_SECONDS / 4)
             with self._turn, contextlib.suppress(Exception):  # the next round tries again, well within the lease
+                if not self._held:
+                    self._renewing = None
+                    return
                 for number in self._held:
                     self._system.pipe_file(self._lease(number), f"{self._holder}\n{time.time():.0f}".encode())
 

@@ -72,11 +72,10 @@ def run(
     to, where units are gone at the end that were there before, and, once all others are done, where units failed three times
     each (a worker's death is a failure of the unit that it computed) or lost their worker five times before they were written.
     """
-    with signals():
+    with signals(), closing(open_store(out)) as store:
         path = None if isinstance(spec, Spec) else Path(spec)
         asked = Spec.from_toml(path) if path is not None else spec
         assert isinstance(asked, Spec)
-        store = open_store(out)
         job, runner = _begin(store, asked, path, devices, workers, ray)
         try:
             return _complete(job, runner, progress)
@@ -119,18 +118,20 @@ def set_aside(out: str | Path, damaged: Iterable[int]) -> tuple[int, ...]:
     Returns the units whose files were moved. A run may have computed others since they were judged, or be at them now:
     each is claimed and judged again first.
     """
-    job, moved = open_job(out), []
-    for k in damaged:
-        unit = get_unit(job.spec, k)
-        if not job.store.claim(k):
-            continue
-        try:
-            with suppress(FileNotFoundError):
-                if check_unit(job, unit) is not None:
-                    job.store.set_aside(unit.name, "damaged")
-                    moved.append(k)
-        finally:
-            job.store.release(k)
+    moved = []
+    with closing(open_store(out)) as store:
+        job = open_job(store)
+        for k in damaged:
+            unit = get_unit(job.spec, k)
+            if not store.claim(k):
+                continue
+            try:
+                with suppress(FileNotFoundError):
+                    if check_unit(job, unit) is not None:
+                        store.set_aside(unit.name, "damaged")
+                        moved.append(k)
+            finally:
+                store.release(k)
     return tuple(moved)
 
 

@@ -69,7 +69,7 @@ class Store(Protocol):
     def release(self, number: int) -> None: ...
 
     def close(self) -> None:
-        """Releases all that this process has claimed."""
+        """Releases all that this process has claimed. The store can be used again."""
         ...
 
     @contextmanager

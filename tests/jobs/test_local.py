@@ -25,7 +25,7 @@ import torch
 from crashing import Start, Started, start_command, unit_hashes
 
 import fastcfg
-from fastcfg.jobs import Job, Spec, Unit, all_units, local_runner, open_job, open_store, run, status
+from fastcfg.jobs import Job, Spec, Unit, all_units, local_runner, open_job, open_store, run, set_aside, status
 from fastcfg.jobs.errors import JobError, StoppedError
 from fastcfg.jobs.job import freeze, resolve
 from fastcfg.jobs.local_runner import SIGNALS, choose_devices, run_units
@@ -53,6 +53,8 @@ def test_from_python_as_from_the_command(start: Start, tiny_spec: Spec, tiny_spe
     out = tmp_path / "it's a job, 100 %"
     found = run(tiny_spec, out, devices="cpu", progress=False)
     assert (found.complete, found.computed, found.images) == (True, 7, 40)
+    set_aside(out, [0])
+    assert not [file for file in Path("/proc/self/fd").iterdir() if str(out) in os.path.realpath(file)], "it is still open"
     assert run(tiny_spec_path, out, progress=False).computed == 0
     other = tmp_path / "other"
     assert start(["job", "run", str(tiny_spec_path), "--out", str(other), "--workers", "2"]).wait() == 0

@@ -225,8 +225,15 @@ def test_leases_are_renewed_while_their_holder_lives(monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
     assert now[0] == holder
     assert now[1] > renewed
+    renewing = store._renewing
+    assert renewing is not None
     store.close()
     assert store._read_lease(path) == ("", 0.0)
+    renewing.join(30)
+    assert not renewing.is_alive()  # a service that runs jobs has no thread left of each
+    assert store.claim(3)
+    assert store._renewing is not None
+    store.close()
 
 
 def test_uploads_are_tried_again_unless_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
