@@ -123,7 +123,8 @@ class LocalStore:
         return self._lock(number, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
 
     def release(self, number: int) -> None:
-        self._lock(number, fcntl.LOCK_UN)
+        with contextlib.suppress(JobError):  # a network file system's; what stays claimed ends with the process
+            self._lock(number, fcntl.LOCK_UN)
 
     def close(self) -> None:
         if self._locks is not None and self._locks[0] == os.getpid():

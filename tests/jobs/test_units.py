@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import random
 import sys
 from dataclasses import replace
@@ -260,3 +262,20 @@ def test_worker_writes_passes_over_and_reports(
     assert check_unit(job, units[0]) is None
     other = open_store(url)
     assert all(other.claim(unit.k) for unit in units), "a unit that is done with is still claimed"
+
+
+def test_a_claim_that_cannot_be_given_up_does_not_end_the_writer(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system in trouble. Without its writer a worker waits for ever when it has the next unit."""
+    real = fcntl.lockf
+
+    def lockf(file: int, operation: int, *rest: int) -> None:
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.EIO, "Input/output error")
+        real(file, operation, *rest)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    events: list[object] = []
+    worker = Worker(job, "cpu", events.append)
+    worker.take(get_unit(job.spec, 0))
+    worker.finish()
+    assert events[-1] == Outcome(get_unit(job.spec, 0), "written")
