@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -77,16 +78,24 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
     except OSError as error:
         raise Error(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # what went wrong before is what is to be said
             temporary.unlink()
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, where its file system does that: many that are shared refuse, with EINVAL."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(folder)
 
 
 @contextmanager

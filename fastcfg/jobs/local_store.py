@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastcfg.errors import Error
+from fastcfg.files import sync_folder
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.store import FREEZING, Buffer
 
@@ -82,7 +83,7 @@ class LocalStore:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise JobError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
@@ -94,7 +95,7 @@ class LocalStore:
         try:
             (self.root / folder).mkdir(exist_ok=True)
             os.replace(path, self.root / folder / path.name)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise JobError(f"cannot move {path} to {folder}/: {error.strerror}") from error
 
@@ -164,11 +165,3 @@ class LocalStore:
                 raise JobError(f"cannot write in {self.root}: {error.strerror}") from error
             self._locks = os.getpid(), descriptor
         return self._locks[1]
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import fastcfg
+from fastcfg.files import replacing
 from fastcfg.jobs import Spec, open_job, open_store, remote_store
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.job import check_checkpoint, check_same, check_vacant, checkpoint_sha256, freeze, resolve
@@ -108,6 +109,25 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path: Path, 
     calls.clear()
     LocalStore(tmp_path).set_aside(UNIT, "damaged")
     assert calls == ["replace", "fsync"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on many shared file systems (SMB, a virtual machine's folders); any other error is one."""
+    real, code = os.fsync, errno.EINVAL
+
+    def fsync(file: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(code, os.strerror(code))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = LocalStore(tmp_path)
+    store.write(UNIT, [b"x"])
+    with replacing(tmp_path / "samples.png") as temporary:
+        temporary.touch()
+    code = errno.EIO
+    with pytest.raises(JobError, match=r"cannot write .*: Input/output error"):
+        store.write(UNIT, [b"y"])
 
 
 HOLD = """
