@@ -86,7 +86,7 @@ def seed(name: str, value: Any) -> int:
 
 
 def interval(_: str, value: Any) -> Interval | None:
-    interval = Interval.parse(tuple(value) if isinstance(value, list) else value)
+    interval = Interval.parse(value)
     if interval is not None and not math.isfinite(interval.hi):
         raise Error(f"interval: bounds must be finite, got {interval.hi}")
     return interval

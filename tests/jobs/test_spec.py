@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -136,6 +138,18 @@ def test_malformed_spec_is_one_clear_error(tiny_checkpoint: Path, tmp_path: Path
         assert f"{path} line {number}: " in lines[0], (lines[0], number)
     else:  # what TOML itself refuses, with the parser's words for the place
         assert "is not TOML" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interval": [0.0, math.inf]}, "interval: bounds must be finite, got inf"),
+        ({"checkpoint": "a\0b"}, r"checkpoint must be text, got 'a\\x00b'"),
+    ],
+)
+def test_what_json_or_a_path_cannot_hold_is_refused(tiny_spec: Spec, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(fastcfg.Error, match=message):
+        replace(tiny_spec, **change)
 
 
 def test_the_good_spec_is_good(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,32 @@ def test_sample_i_has_its_label_scale_and_noise(job: Job) -> None:
     assert {name: array.dtype.name for name, array in whole.items()} == {
         "labels": "int64", "seeds": "int64", "indices": "int64", "scales": "float32", "images": "uint8",
     }  # fmt: skip
+
+
+OPTIONS = {
+    "steps": 4, "spacing": "trailing", "eta": 0.5, "clip": True, "interval": (100, 900), "rescale": 0.7, "guidance_channels": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "tried"), [(OPTIONS, OPTIONS), ({"solver": "euler", "eta": None}, ["solver"])], ids=["ddim", "euler"]
+)
+def test_every_option_of_the_spec_is_the_samplers(
+    tiny_spec: Spec, tmp_path: Path, options: dict[str, object], tried: Iterable[str]
+) -> None:
+    spec = replace(tiny_spec, output="latents", **options)  # type: ignore[arg-type]
+    job = make_job(spec, tmp_path / "job", [])
+    images = compute(job.make_sampler("cpu"), job.spec, get_unit(job.spec, 0))["images"]
+    model, common = fastcfg.load(spec.checkpoint), {"engine": "cpu", "dtype": "fp32", "batch": 4, "steps": 3, "eta": 1.0}
+
+    def samples(**options: object) -> torch.Tensor:
+        sampler = fastcfg.Sampler(model, **{**common, **options})  # type: ignore[arg-type]
+        return sampler([0, 0, 1, 1, 2, 2], [1.0, 3.0] * 3, seeds=5, indices=[0, 0, 1, 1, 2, 2])
+
+    assert np.array_equal(images, samples(**options).numpy())
+    for name in tried:
+        rest = {key: value for key, value in options.items() if key != name}
+        assert not np.array_equal(images, samples(**rest).numpy()), f"{name} makes no difference here"
 
 
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
