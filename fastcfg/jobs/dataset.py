@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from fastcfg.jobs.errors import DamagedError, JobError
 from fastcfg.jobs.job import Job, open_job
 from fastcfg.jobs.local_store import LocalStore
 from fastcfg.jobs.run import status
-from fastcfg.jobs.units import Arrays, Unit, get_unit, read_unit, unit_bytes
+from fastcfg.jobs.units import Arrays, Unit, damaged, decode_head, get_unit, read_unit, unit_bytes
 
 MAPPED_UNITS = 16  # local units kept open; their pages are the system's to drop
 KNOWN_UNITS = 1024  # units of an object store whose labels, seeds, indices and scales are kept: 28 bytes a sample
@@ -204,19 +203,7 @@ class _Ranged:
         return parts
 
     def _parse(self, unit: Unit, head: bytes) -> Arrays:
-        """The arrays in a unit's head, whose header must be that of this unit of this job."""
         try:
-            length = int.from_bytes(head[:8], "little")
-            header = json.loads(head[8 : 8 + length])
-            metadata = header.pop("__metadata__")
-            if (metadata["unit"], metadata["spec"]) != (str(unit.k), self._job.spec.sha256):
-                raise ValueError(f"it is unit {metadata['unit']} of a job with spec {metadata['spec'][:16]}")
-            types = {"labels": np.int64, "seeds": np.int64, "indices": np.int64, "scales": np.float32}
-            return {
-                name: np.frombuffer(head, dtype, unit.size, 8 + length + header[name]["data_offsets"][0])
-                for name, dtype in types.items()
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedError(
-                f"{self._job.store.url}/{unit.name} is damaged: {error}; `job status --verify` sets it aside"
-            ) from error
+            return decode_head(self._job, unit, head)
+        except DamagedError as error:
+            raise damaged(self._job, unit, error) from error

@@ -91,19 +91,17 @@ def decode(job: Job, unit: Unit, content: Buffer, *, verify: bool = True) -> Arr
     """
     if len(content) != unit_bytes(job, unit):
         raise DamagedError(f"{len(content)} bytes, not {unit_bytes(job, unit)}")
-    found = _sha256_of(content)
-    header = _header(job, unit, found)
-    if content[: len(header)] != header:
-        raise DamagedError(_whose(job, unit, content))
-    view = memoryview(content)[len(header) :]
-    if verify and _content_sha256(job, unit, [view]) != found:
+    view = memoryview(content)[_check_header(job, unit, content) :]
+    if verify and _content_sha256(job, unit, [view]) != _sha256_of(content):
         raise DamagedError("its content is not what was written (SHA-256)")
-    arrays, start = {}, 0
-    for name, (kind, shape) in _layout(job, unit).items():
-        count = math.prod(shape)
-        arrays[name] = np.frombuffer(view, _DTYPES[kind], count, start).reshape(shape)
-        start += arrays[name].nbytes
-    return arrays
+    return _arrays(view, _layout(job, unit))
+
+
+def decode_head(job: Job, unit: Unit, content: Buffer) -> Arrays:
+    """What `decode` gives but the images, of the bytes that come before these, unverified but for the header."""
+    layout = _layout(job, unit)
+    del layout["images"]
+    return _arrays(memoryview(content)[_check_header(job, unit, content) :], layout)
 
 
 def write_unit(job: Job, unit: Unit, arrays: Arrays) -> None:
@@ -121,7 +119,11 @@ def read_unit(job: Job, unit: Unit, *, verify: bool = True) -> Arrays:
     except FileNotFoundError as error:
         raise Error(f"unit {unit.k} is not in {job.store.url}: `fastcfg job run` computes what is missing") from error
     except DamagedError as error:
-        raise DamagedError(f"{job.store.url}/{unit.name} is damaged: {error}; `job status --verify` sets it aside") from error
+        raise damaged(job, unit, error) from error
+
+
+def damaged(job: Job, unit: Unit, reason: object) -> DamagedError:
+    return DamagedError(f"{job.store.url}/{unit.name} is damaged: {reason}; `job status --verify` sets it aside")
 
 
 def check_unit(job: Job, unit: Unit) -> str | None:
@@ -174,6 +176,23 @@ def _content_sha256(job: Job, unit: Unit, data: list[memoryview]) -> str:
     for part in data:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _check_header(job: Job, unit: Unit, content: Buffer) -> int:
+    """The length of a file's header, if it is that of this unit of this job. Raises DamagedError."""
+    header = _header(job, unit, _sha256_of(content))
+    if content[: len(header)] != header:
+        raise DamagedError(_whose(job, unit, content))
+    return len(header)
+
+
+def _arrays(data: memoryview, layout: dict[str, tuple[str, tuple[int, ...]]]) -> Arrays:
+    arrays, start = {}, 0
+    for name, (kind, shape) in layout.items():
+        count = math.prod(shape)
+        arrays[name] = np.frombuffer(data, _DTYPES[kind], count, start).reshape(shape)
+        start += arrays[name].nbytes
+    return arrays
 
 
 def _metadata(content: Buffer) -> dict[str, str]:

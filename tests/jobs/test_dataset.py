@@ -13,7 +13,7 @@ from making import expected, make_job, make_noise_job
 from torch.utils.data import DataLoader
 
 from fastcfg import Error
-from fastcfg.jobs import DamagedError, Spec, get_unit
+from fastcfg.jobs import DamagedError, Spec, get_unit, read_unit, write_unit
 from fastcfg.jobs.dataset import JobDataset, Sample, open
 
 FIELDS = {"image": "images", "label": "labels", "seed": "seeds", "index": "indices", "scale": "scales"}
@@ -143,6 +143,15 @@ def test_another_units_file_is_not_read(spec: Spec, tmp_path: Path) -> None:
     assert dataset[18].index == 9
     with pytest.raises(DamagedError, match=r"unit-000002.*it is unit 3"):
         dataset[12]
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_unit_of_another_checkpoint_is_not_read(spec: Spec, tmp_path: Path, kind: str) -> None:
+    """Its file has the right size, so where job.json was lost and made again by a newer checkpoint, it counts as done."""
+    job = make_job(spec, tmp_path / "out" if kind == "local" else f"memory://{tmp_path.name}/checkpoints")
+    write_unit(replace(job, checkpoint_sha256="0" * 64), get_unit(spec, 2), read_unit(job, get_unit(spec, 2)))
+    with pytest.raises(DamagedError, match=r"unit-000002.* is damaged: it was made with another checkpoint"):
+        open(job.store.url)[12]
 
 
 def test_a_unit_that_was_cut_short_since_is_damaged(spec: Spec, tmp_path: Path) -> None:
