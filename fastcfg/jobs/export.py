@@ -90,12 +90,7 @@ class Export:
         spec = self.job.spec
         wanted = np.isin(np.arange(len(spec.scales)), [spec.scales.index(scale) for scale in self.scales])
         for unit in all_units(spec):
-            try:
-                arrays = read_unit(self.job, unit)
-            except Error:
-                raise
-            except Exception as error:  # what a disk or a network does
-                raise JobError(f"cannot read {self.job.store.url}/{unit.name}: {error}") from error
+            arrays = read_unit(self.job, unit)
             numbers = np.arange(unit.start, unit.stop)
             rows = slice(None) if wanted.all() else wanted[numbers % len(spec.scales)]
             yield numbers[rows], {name: array[rows] for name, array in arrays.items()}

@@ -64,6 +64,8 @@ class LocalStore:
             return (self.root / name).stat().st_size
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise JobError(f"cannot read {self.root / name}: {error.strerror}") from error
 
     def read(self, name: str) -> Buffer:
         with open(self.root / name, "rb") as file:

@@ -39,7 +39,7 @@ class Store(Protocol):
         ...
 
     def size(self, name: str) -> int | None:
-        """A file's size in bytes, None where there is no such file."""
+        """A file's size in bytes, None where there is no such file. Raises JobError where that cannot be told."""
         ...
 
     def read(self, name: str) -> Buffer:

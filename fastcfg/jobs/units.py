@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastcfg.errors import Error
 from fastcfg.images import to_uint8
-from fastcfg.jobs.errors import DamagedError
+from fastcfg.jobs.errors import DamagedError, JobError
 from fastcfg.jobs.job import Job
 from fastcfg.jobs.spec import Spec
 from fastcfg.jobs.store import Buffer
@@ -112,10 +112,10 @@ def write_unit(job: Job, unit: Unit, arrays: Arrays) -> None:
 def read_unit(job: Job, unit: Unit, *, verify: bool = True) -> Arrays:
     """A unit's arrays, as `compute` made them; read-only, and for a local job mapped rather than read.
 
-    Raises DamagedError, or Error where the unit is not there yet.
+    Raises DamagedError, Error where the unit is not there yet, and JobError where its file cannot be read.
     """
     try:
-        return decode(job, unit, job.store.read(unit.name), verify=verify)
+        return decode(job, unit, _read(job, unit), verify=verify)
     except FileNotFoundError as error:
         raise Error(f"unit {unit.k} is not in {job.store.url}: `fastcfg job run` computes what is missing") from error
     except DamagedError as error:
@@ -127,12 +127,21 @@ def damaged(job: Job, unit: Unit, reason: object) -> DamagedError:
 
 
 def check_unit(job: Job, unit: Unit) -> str | None:
-    """What is wrong with a unit's file, read whole; None if nothing."""
+    """What is wrong with a unit's file, read whole; None if nothing. Raises FileNotFoundError, or JobError as `read_unit`."""
     try:
-        decode(job, unit, job.store.read(unit.name))
+        decode(job, unit, _read(job, unit))
     except DamagedError as error:
         return str(error)
     return None
+
+
+def _read(job: Job, unit: Unit) -> Buffer:
+    try:
+        return job.store.read(unit.name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise JobError(f"cannot read {job.store.url}/{unit.name}: {error.strerror or error}") from error
 
 
 def unit_bytes(job: Job, unit: Unit) -> int:

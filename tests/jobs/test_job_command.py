@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,26 @@ def test_damage_that_a_run_is_at_is_left_to_it(tiny_spec: Spec, tmp_path: Path, 
     assert "\ndamaged files were moved to damaged/" in result.output
     assert "\nnot moved: units 1, which a run is computing, or which are no longer damaged\n" in result.output
     assert list(job.store.sizes("damaged")) == ["unit-000002.safetensors"]
+
+
+@pytest.mark.parametrize("command", [["status", "--verify"], ["export", "--format", "png", "--out"]], ids=["status", "export"])
+def test_a_unit_that_may_not_be_read_is_one_error(
+    command: list[str], tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a run of another user wrote; tests may run as root, who is denied nothing."""
+    out = tmp_path / "job"
+    make_job(tiny_spec, out)
+    real = LocalStore.read
+
+    def read(store: LocalStore, name: str) -> Any:
+        if name.endswith("3.safetensors"):
+            raise PermissionError(13, "Permission denied")
+        return real(store, name)
+
+    monkeypatch.setattr(LocalStore, "read", read)
+    result = invoke("job", command[0], out, *command[1:], *([tmp_path / "x"] if "export" in command else []))
+    assert result.exit_code == 1
+    assert f"error: cannot read {out}/units/unit-000003.safetensors: Permission denied\n" in result.output
 
 
 def test_a_short_file_is_computed_again_without_verifying(done: Path, start: Start, tiny_spec_path: Path) -> None:

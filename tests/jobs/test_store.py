@@ -83,6 +83,8 @@ def test_a_link_to_nowhere_hides_no_unit(tmp_path: Path) -> None:
     assert store.sizes("units") == {"unit-000003.safetensors": 1}
     with pytest.raises(JobError, match=r"cannot read the folder .*unit-000003.*Not a directory"):
         store.sizes(UNIT)
+    with pytest.raises(JobError, match=r"cannot read .*unit-000003.*/x: Not a directory"):
+        store.size(f"{UNIT}/x")
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
