@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import stat
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,20 +58,21 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         with suppress(FileNotFoundError):
-            os.stat(_temporary(path))  # its name is the longer one, and may be too long
+            os.stat(temporary_path(path))  # its name is the longer one, and may be too long
     except (OSError, ValueError) as error:
         raise Error(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _temporary(path: Path) -> Path:
-    """Where a file is written before it is moved to `path`; each thread has its own."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+def temporary_path(path: Path) -> Path:
+    """A name for what is moved to `path` once it is whole. Random: machines and containers that share a folder share the
+    numbers of their processes, too."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is synced and renamed to `path`, otherwise removed."""
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -397,8 +397,10 @@ def test_a_name_too_long_for_its_temporary_is_refused_before_the_work(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_threads_that_write_one_file_at_once_do_not_mix_their_bytes(tmp_path: Path) -> None:
-    """As when two threads compile the C at once: both are at it before either is done."""
+def test_who_writes_one_file_at_once_does_not_mix_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that compile the C, or two containers, where all processes are number 1: both are at it before either is
+    done."""
+    monkeypatch.setattr(threading, "get_native_id", os.getpid)
     path, both = tmp_path / "x", threading.Barrier(2, timeout=30)
 
     def write(content: bytes) -> bytes:

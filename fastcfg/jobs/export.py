@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastcfg.errors import Error, check_known
-from fastcfg.files import check_writable
+from fastcfg.files import check_writable, temporary_path
 from fastcfg.jobs.dataset import image_layout
 from fastcfg.jobs.errors import JobError, StoppedError
 from fastcfg.jobs.job import Job, open_job
@@ -209,7 +209,7 @@ def _known_scale(job: Job, scale: float) -> float:
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, for a file or a folder that is moved to `path` if all goes well, else removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         if temporary.is_dir():

@@ -8,13 +8,12 @@ import fcntl
 import mmap
 import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastcfg.errors import Error
-from fastcfg.files import sync_folder
+from fastcfg.files import sync_folder, temporary_path
 from fastcfg.jobs.errors import JobError
 from fastcfg.jobs.store import FREEZING, Buffer
 
@@ -75,8 +74,7 @@ class LocalStore:
 
     def write(self, name: str, parts: Sequence[Buffer]) -> None:
         path = self.root / name
-        # A name of its own: machines that share the folder share process numbers too.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        temporary = temporary_path(path)
         try:
             path.parent.mkdir(exist_ok=True)
             with open(temporary, "xb") as file:

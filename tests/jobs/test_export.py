@@ -25,7 +25,7 @@ from PIL import Image
 
 from fastcfg import Error
 from fastcfg.jobs import DamagedError, JobError, Spec, all_units, get_unit
-from fastcfg.jobs.export import export
+from fastcfg.jobs.export import _appearing, export
 from fastcfg.jobs.units import Arrays
 
 FORMATS = ["adm-npz", "png", "webdataset"]
@@ -219,6 +219,15 @@ def test_a_name_too_long_is_one_error_and_nothing_is_left(
         with pytest.raises(JobError, match=r"cannot write .*: File name too long"):
             export(folder, format, tmp_path / ("x" * 249), progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_exports_have_a_temporary_file_each(tmp_path: Path) -> None:
+    """In containers every export is process 1, and one that was killed has left its folder there."""
+    with _appearing(tmp_path / "x") as one, _appearing(tmp_path / "x") as two:
+        assert one != two
+        one.touch()
+        two.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
