@@ -26,4 +26,6 @@ class StoppedError(Error):
 
 
 class DamagedError(Error):
-    """A unit's file is not what was written: cut short, changed, or another unit's. The message says which."""
+    """A unit's file is not what was written: cut short, changed, or another unit's. The message says which. Exit code 1."""
+
+    exit_code = 1

@@ -103,7 +103,6 @@ class Export:
             columns = [arrays[name].tolist() for name in ("labels", "seeds", "indices")]
             for i, image, label, seed, index in zip(numbers.tolist(), arrays["images"], *columns, strict=True):
                 yield i, image, {"label": label, "scale": self.job.spec.scales[i % S], "seed": seed, "index": index}
-                self.on_samples(1)
 
 
 Writer: TypeAlias = Callable[[Path, Export], None]
@@ -148,6 +147,7 @@ def _write_png(path: Path, export: Export) -> None:
             folders[key] = tops[about["scale"]] / str(about["label"])
             folders[key].mkdir(parents=True)
         (folders[key] / f"{i:08d}.png").write_bytes(_png(image))
+        export.on_samples(1)
     # Readers number classes in the order of their folders' names, so these are padded, once the largest label is known.
     width = max(len(folder.name) for folder in folders.values())
     for folder in folders.values():
@@ -162,6 +162,7 @@ def _write_webdataset(path: Path, export: Export) -> None:
             for n, (i, image, about) in samples:
                 _add(tar, f"{i:08d}.png", _png(image))
                 _add(tar, f"{i:08d}.json", json.dumps(about).encode())
+                export.on_samples(1)
                 if (n + 1) % export.shard_size == 0:
                     break
 

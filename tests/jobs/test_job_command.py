@@ -113,6 +113,14 @@ def test_damage_that_a_run_is_at_is_left_to_it(tiny_spec: Spec, tmp_path: Path, 
     assert list(job.store.sizes("damaged")) == ["unit-000002.safetensors"]
 
 
+def test_damage_that_an_export_meets_is_no_bad_input(tiny_spec: Spec, tmp_path: Path) -> None:
+    job = make_job(tiny_spec, tmp_path / "job")
+    job.store.write(get_unit(job.spec, 2).name, [bytes(job.store.read(get_unit(job.spec, 3).name))])
+    result = invoke("job", "export", tmp_path / "job", "--format", "png", "--out", tmp_path / "x")
+    assert result.exit_code == 1
+    assert "unit-000002.safetensors is damaged: it is unit 3" in result.output
+
+
 @pytest.mark.parametrize("command", [["status", "--verify"], ["export", "--format", "png", "--out"]], ids=["status", "export"])
 def test_a_unit_that_may_not_be_read_is_one_error(
     command: list[str], tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
