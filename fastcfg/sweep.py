@@ -109,18 +109,21 @@ def run_sweep(
         if progress:
             print(f"{name}: {spec.samples} samples", file=sys.stderr)
         run(spec, out / "jobs" / name, devices=devices, workers=workers, ray=ray, progress=progress)
-    table, rows = out / "sweep.csv", []
-    known = {_key(row): row for row in read_rows(table)}
+    table = out / "sweep.csv"
+    judged = {_key(row): row for row in read_rows(table)}
     points = [(name, settings) for name, spec in sweep.jobs.items() for settings in _settings(spec, model)]
     for name, settings in tqdm(points, "judge", unit="point", file=sys.stderr, disable=not progress):
-        row = known.get(_key(settings))
-        if row is None:
+        if _key(settings) not in judged:
             samples = m.extract(m.open_images(out / "jobs" / name, float(settings["scale"])), network)
             figures = m.evaluate(samples, reference, sweep.metrics, bootstrap=sweep.bootstrap)
-            row = settings | {"samples": str(len(samples))} | figure_cells(figures)
-        rows.append(row)
-        write_rows(table, rows)
-    return rows
+            judged[_key(settings)] = settings | {"samples": str(len(samples))} | figure_cells(figures)
+            write_rows(table, _rows(points, judged))
+    return _rows(points, judged)
+
+
+def _rows(points: Sequence[tuple[str, Row]], judged: Mapping[tuple[str, ...], Row]) -> list[Row]:
+    """Those of the points that are judged, in their order."""
+    return [judged[key] for _, settings in points if (key := _key(settings)) in judged]
 
 
 def _table(path: Path, data: dict[str, Any], name: str, known: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import fastcfg
 from fastcfg import Error, jobs, metrics, sweep
 from fastcfg.images import to_uint8
-from fastcfg.sweep import Sweep, run_sweep
+from fastcfg.sweep import Sweep, run_sweep, write_rows
 
 COUNT = 20
 SPEC = """
@@ -109,10 +109,15 @@ def test_a_sweep_that_ended_early_comes_to_the_same_table(after, spec, whole, tm
     with pytest.raises(KeyboardInterrupt):
         run_sweep(spec, tmp_path / "out", progress=False)
     monkeypatch.undo()
-    judged = []
+    table = tmp_path / "out" / "sweep.csv"
+    header, *lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([header, *lines[1:]]))  # and one that is not the last is lost
+    judged, tables = [], []
+    monkeypatch.setattr(sweep, "write_rows", lambda table, rows: tables.append(len(rows)) or write_rows(table, rows))
     monkeypatch.setattr(sweep.m, "evaluate", lambda *a, **o: judged.append(1) or evaluate(*a, **o))
     run_sweep(spec, tmp_path / "out", progress=False)
-    assert len(judged) == 4 - after
+    assert len(judged) == 5 - after
+    assert tables == list(range(after, 5)), "killed now, the sweep would have lost points that were judged"
     assert (tmp_path / "out" / "sweep.csv").read_bytes() == (whole[0] / "sweep.csv").read_bytes()
 
 
