@@ -28,7 +28,7 @@ from fastcfg.files import check_writable, write_file
 from fastcfg.guidance import exact
 from fastcfg.jobs import Spec, run
 from fastcfg.jobs.stores import looks_remote
-from fastcfg.jobs.toml import read_table
+from fastcfg.jobs.toml import parse_table, read_text
 from fastcfg.models.denoiser import Denoiser
 
 GRID = ("solver", "steps", "interval", "rescale")  # what a sweep varies besides the scale
@@ -49,13 +49,13 @@ class Sweep:
     bootstrap: int | None = None
 
     @classmethod
-    def from_toml(cls, path: Path) -> Sweep:
+    def from_toml(cls, path: Path, text: str | None = None) -> Sweep:
         """A job's spec, with a table [grid] of lists (any of solver, steps, interval, rescale) and a table [eval] of
         reference, features and, if wanted, metrics and bootstrap.
 
-        interval = [false, [100, 600]] is without and with. Raises Error as `Spec.from_toml` does.
+        interval = [false, [100, 600]] is without and with. text, errors: as of `Spec.from_toml`.
         """
-        data, places = read_table(path)
+        data, places = parse_table(read_text(path) if text is None else text, path)
         grid, judged = _table(path, data, "grid", GRID), _table(path, data, "eval", EVAL)
         for key in ("reference", "features"):
             if not isinstance(judged.get(key), str):
@@ -98,13 +98,14 @@ def run_sweep(
     killed sweep, and comes to the same rows.
     """
     path, out = Path(path), Path(out)
-    sweep = Sweep.from_toml(path)
-    _check_out(path, out)
+    text = read_text(path)  # once, as a job's
+    sweep = Sweep.from_toml(path, text)
+    _check_out(path, text, out)
     network = m.load_network(sweep.features, device="auto")
     reference = m.open_reference(sweep.reference, network)
     model = load(next(iter(sweep.jobs.values())).checkpoint)  # the grid varies no checkpoint
     _check(sweep, model, network, reference)
-    _freeze(path, out)
+    _freeze(path, text, out)
     for name, spec in sweep.jobs.items():
         if progress:
             print(f"{name}: {spec.samples} samples", file=sys.stderr)
@@ -199,8 +200,9 @@ def _key(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in POINT)
 
 
-def _check_out(path: Path, out: Path) -> None:
-    """Raises Error if another sweep is in `out`, or other things, or if it is no local folder that can be written in.
+def _check_out(path: Path, text: str, out: Path) -> None:
+    """Raises Error if another sweep than the `text` of `path` is in `out`, or other things, or if it is no local folder that
+    can be written in.
 
     Makes nothing.
     """
@@ -213,7 +215,7 @@ def _check_out(path: Path, out: Path) -> None:
             raise Error(f"cannot write in {out}: {new.parent} is not a folder")
         check_writable(new)
         if kept.exists():
-            if kept.read_text() != path.read_text():
+            if read_text(kept) != text:
                 raise Error(f"{out} holds another sweep: compare {out / kept.name} with {path}, or give another --out")
         elif out.exists() and any(out.iterdir()):
             raise Error(f"{out} holds other things: want a new or an empty folder for --out")
@@ -221,16 +223,15 @@ def _check_out(path: Path, out: Path) -> None:
         raise Error(f"cannot write in {out}: {error.strerror or error}") from error
 
 
-def _freeze(path: Path, out: Path) -> None:
+def _freeze(path: Path, text: str, out: Path) -> None:
     """Keeps the sweep's text in `out`. Raises Error as `_check_out` does."""
-    _check_out(path, out)  # again: another sweep may have begun there
+    _check_out(path, text, out)  # again: another sweep may have begun there
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Error(f"cannot write in {out}: {error.strerror or error}") from error
     if not (out / "sweep.toml").exists():
-        text = path.read_text()
-        write_file(out / "sweep.toml", lambda temporary: temporary.write_text(text))
+        write_file(out / "sweep.toml", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_rows(table: Path) -> list[Row]:

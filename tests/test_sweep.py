@@ -173,10 +173,19 @@ def test_out_is_refused_before_anything_is_loaded(out, message, spec, tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_spec_that_is_edited_meanwhile_is_kept_as_it_was_begun(spec, tmp_path, monkeypatch):
+    text, load = spec.read_text(), metrics.load_network
+    monkeypatch.setattr(sweep.m, "load_network", lambda *a, **o: spec.write_text("# another") and load(*a, **o))
+    monkeypatch.setattr(sweep, "run", lambda *_, **__: pytest.fail("began"))
+    with pytest.raises(pytest.fail.Exception):
+        run_sweep(spec, tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "sweep.toml").read_text() == text
+
+
 def test_a_folder_that_cannot_be_made_is_one_error(spec, tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(Error, match=r"cannot write in .*out: File exists"):
-        sweep._freeze(spec, tmp_path / "out")
+        sweep._freeze(spec, spec.read_text(), tmp_path / "out")
 
 
 def test_settings_that_differ_in_the_last_digits_are_other_points(spec):

@@ -24,6 +24,7 @@ from fastcfg.jobs.local_runner import SIGNALS, choose_devices, run_units
 from fastcfg.jobs.spec import Spec
 from fastcfg.jobs.store import Store
 from fastcfg.jobs.stores import open_store
+from fastcfg.jobs.toml import read_text
 from fastcfg.jobs.units import Unit, all_units, check_unit, get_unit, unit_bytes
 from fastcfg.jobs.worker import Outcome, Runner, Sampled
 
@@ -73,10 +74,10 @@ def run(
     each (a worker's death is a failure of the unit that it computed) or lost their worker five times before they were written.
     """
     with signals(), closing(open_store(out)) as store:
-        path = None if isinstance(spec, Spec) else Path(spec)
-        asked = Spec.from_toml(path) if path is not None else spec
-        assert isinstance(asked, Spec)
-        job, runner = _begin(store, asked, path, devices, workers, ray)
+        # A file is read once: it may be edited for the next job while this one begins.
+        text = None if isinstance(spec, Spec) else read_text(spec)
+        asked = spec if isinstance(spec, Spec) else Spec.from_toml(spec, text)
+        job, runner = _begin(store, asked, text, devices, workers, ray)
         try:
             return _complete(job, runner, progress)
         except StoppedError as stop:
@@ -136,7 +137,7 @@ def set_aside(out: str | Path, damaged: Iterable[int]) -> tuple[int, ...]:
 
 
 def _begin(
-    store: Store, spec: Spec, path: Path | None, devices: str | None, workers: int | None, ray: str | None
+    store: Store, spec: Spec, text: str | None, devices: str | None, workers: int | None, ray: str | None
 ) -> tuple[Job, Runner]:
     """The job at `store`, frozen now if there is none, and the runner for it."""
     job = open_job(store, spec.weights) if "job.json" in store.names() else None
@@ -159,7 +160,7 @@ def _begin(
                 file=sys.stderr,
             )
     if job is None:
-        job = freeze(store, spec, find(spec), None if path is None else path.read_text(encoding="utf-8"))
+        job = freeze(store, spec, find(spec), text)
         check_same(job, spec)
     return job, runner
 

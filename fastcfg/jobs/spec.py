@@ -16,7 +16,7 @@ from fastcfg.engines import DTYPES, ENGINES
 from fastcfg.errors import Error
 from fastcfg.guidance import BASES, ClassifierGuidance, Guidance, Interval
 from fastcfg.jobs import values as v
-from fastcfg.jobs.toml import read_labels, read_table
+from fastcfg.jobs.toml import parse_table, read_labels, read_text
 from fastcfg.models.classifier import load_classifier
 from fastcfg.models.denoiser import Denoiser
 from fastcfg.plan import Plan, make_plan
@@ -111,17 +111,17 @@ class Spec:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> Spec:
-        """The spec in a TOML file. Relative paths in it are taken from the file's folder.
+    def from_toml(cls, path: str | Path, text: str | None = None) -> Spec:
+        """The spec in a TOML file. Relative paths in it are taken from the file's folder. text: the file's, if it is read.
 
         Besides the fields, `labels_file` names a file of one label a line. Raises Error with the line of what is wrong.
         """
-        data, places = read_table(path)
+        data, places = parse_table(read_text(path) if text is None else text, path)
         return cls.from_table(data, path, places)
 
     @classmethod
     def from_table(cls, data: Mapping[str, Any], path: str | Path, places: Mapping[str, str]) -> Spec:
-        """The spec that a TOML file's content describes; see `from_toml`. places: as `read_table` finds them."""
+        """The spec that a TOML file's content describes; see `from_toml`. places: as `parse_table` finds them."""
         known = [f.name for f in fields(cls) if f.compare] + ["labels_file"]
         for key in data:
             if key not in known:

@@ -16,15 +16,21 @@ else:
     import tomli as tomllib
 
 
-def read_table(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """(what a TOML file holds, "FILE line N" for each of its top-level keys). Raises Error."""
-    path = Path(path)
+def read_text(path: str | Path) -> str:
+    """The text of a TOML file. Raises Error."""
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise Error(f"cannot read the spec {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or numbers of thousands of digits
+    except ValueError as error:
+        raise Error(f"{path} is not TOML: {error}") from error
+
+
+def parse_table(text: str, path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what the text of a TOML file says, "FILE line N" for each of its top-level keys). Raises Error."""
+    try:
+        data = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # not TOML, or numbers of thousands of digits
         raise Error(f"{path} is not TOML: {error}") from error
     return data, {key: f"{path} line {line}" for key, line in key_lines(text, data).items()}
 

@@ -62,6 +62,18 @@ def test_from_python_as_from_the_command(start: Start, tiny_spec: Spec, tiny_spe
     assert (other / "spec.toml").read_text() == tiny_spec_path.read_text()
 
 
+def test_a_spec_that_is_edited_meanwhile_is_kept_as_it_was_begun(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, module = write_spec(), sys.modules["fastcfg.jobs.run"]
+    text = path.read_text()
+    monkeypatch.setattr(module, "resolve", lambda *a, **o: write_spec(seed=6) and resolve(*a, **o))
+    monkeypatch.setattr(module, "run_units", lambda job, missing, devices: failing(0, 0)(job, missing))
+    run(path, tmp_path / "job", devices="cpu", progress=False)
+    assert path.read_text() != text == (tmp_path / "job" / "spec.toml").read_text()
+    assert open_job(tmp_path / "job").spec.seed == 5
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_run_between_units(
     start: Start, write_spec: WriteSpec, tmp_path: Path, log: Path, signum: int, code: int
