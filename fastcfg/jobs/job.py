@@ -132,7 +132,8 @@ def open_job(out: str | Path | Store, weights: Mapping[str, str] | None = None) 
 
 
 def freeze(store: Store, spec: Spec, resolved: Resolved, text: str | None) -> Job:
-    """Writes what the job is to its store, unless another run did so a moment ago; the job as it is there.
+    """Writes what the job is to its store, unless another run did so a moment ago; the job as it is there, with the weights
+    where `spec` has them.
 
     text: the TOML that the spec came from.
     """
@@ -145,7 +146,7 @@ def freeze(store: Store, spec: Spec, resolved: Resolved, text: str | None) -> Jo
             store.write("job.json", [b"{\n", ",\n".join(lines).encode(), b"\n}\n"])
             if text is not None:
                 store.write("spec.toml", [text.encode()])
-    return open_job(store)
+    return open_job(store, spec.weights)
 
 
 def check_same(job: Job, spec: Spec) -> None:

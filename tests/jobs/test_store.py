@@ -337,6 +337,9 @@ def test_another_checkpoint_is_refused_and_a_moved_one_is_not(tiny_spec: Spec, t
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes(Path(tiny_spec.checkpoint).read_bytes())
     check_same(job, replace(tiny_spec, checkpoint=str(moved)))
+    # Nor for two runs that begin it at once, on machines that have it in different places.
+    second = freeze(job.store, replace(tiny_spec, checkpoint=str(moved)), job.resolved, None)
+    assert (second.spec.checkpoint, second.describe()["spec_sha256"]) == (str(moved), job.spec.sha256)
     model = fastcfg.load(moved)
     with torch.no_grad():
         model.module.final_layer.linear.bias += 1e-6
