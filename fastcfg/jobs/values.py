@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fastcfg.errors import Error
+from fastcfg.errors import Error, as_number, as_whole
 from fastcfg.guidance import Interval
 from fastcfg.noise import as_seed
 
@@ -37,18 +37,20 @@ def one_of(*known: Any) -> Callable[[str, Any], Any]:
 
 def whole(least: int, most: int = 2**31) -> Callable[[str, Any], int]:
     def convert(name: str, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        number = as_whole(value)
+        if number is None or not least <= number <= most:
             raise Error(f"{name} must be a whole number from {least} to {most}, got {_brief(value)}")
-        return value
+        return number
 
     return convert
 
 
 def number(low: float, high: float) -> Callable[[str, Any], float]:
     def convert(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        number = as_number(value)
+        if number is None or not low <= number <= high:
             raise Error(f"{name} must be a number from {low:g} to {high:g}, got {_brief(value)}")
-        return float(value)
+        return number
 
     return convert
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
@@ -150,6 +151,13 @@ def test_malformed_spec_is_one_clear_error(tiny_checkpoint: Path, tmp_path: Path
 def test_what_json_or_a_path_cannot_hold_is_refused(tiny_spec: Spec, change: dict[str, Any], message: str) -> None:
     with pytest.raises(fastcfg.Error, match=message):
         replace(tiny_spec, **change)
+
+
+def test_numpys_numbers_are_numbers(tiny_spec: Spec) -> None:
+    numbers = {"scales": [np.float32(1.0), np.int64(3)], "steps": np.int32(3), "eta": np.float64(1.0), "seed": np.uint8(5)}
+    spec = replace(tiny_spec, **numbers, count=None, labels=list(np.arange(20) % 5))  # type: ignore[arg-type]
+    assert spec == replace(tiny_spec, count=None, labels=tuple(i % 5 for i in range(20)))
+    assert json.loads(json.dumps(spec.to_json()))["scales"] == [1.0, 3.0]
 
 
 def test_the_good_spec_is_good(tiny_checkpoint: Path, tmp_path: Path) -> None:
