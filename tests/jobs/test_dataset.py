@@ -98,6 +98,21 @@ def test_labels_and_scales_are_there_without_images(dataset: JobDataset, wanted:
     np.testing.assert_array_equal(dataset.scales, wanted.scale, strict=True)
 
 
+def test_heads_are_fetched_in_rounds_and_the_latest_are_kept(
+    spec: Spec, wanted: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("REQUESTS", 3), ("KNOWN_UNITS", 2)):
+        monkeypatch.setitem(open.__globals__, name, value)
+    dataset = open(make_job(spec, f"memory://{tmp_path.name}/heads").store.url)
+    rounds: list[list[int]] = []
+    fetch = dataset._files._fetch  # type: ignore[union-attr]
+    monkeypatch.setattr(dataset._files, "_fetch", lambda spans: rounds.append([unit.k for unit, *_ in spans]) or fetch(spans))
+    np.testing.assert_array_equal(dataset.labels, wanted.label)
+    assert rounds == [[0, 1, 2], [3, 4, 5], [6]]
+    assert dataset[[30, 39]].label.tolist() == wanted.label[[30, 39]].tolist()
+    assert rounds[3:] == [[5, 6], []], "images alone: the heads of units 5 and 6 are known"
+
+
 def test_it_can_be_pickled(dataset: JobDataset, wanted: Sample) -> None:
     dataset[3]
     copy = pickle.loads(pickle.dumps(dataset))
