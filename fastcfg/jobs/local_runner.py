@@ -43,7 +43,7 @@ def choose_devices(asked: str | None, workers: int | None, kind: str | None) -> 
     if asked == "cpu":
         devices = ["cpu"] * (workers or 1)
     else:
-        numbers = asked.split(",")
+        numbers = str(asked).split(",")  # a list, too, is told what would do
         if not all(n.isascii() and n.isdigit() for n in numbers) or len(set(numbers)) != len(numbers):
             raise Error(f'devices must be "cpu" or numbers of GPUs, each once ("0,1"), got {asked!r}')
         if workers is not None:

@@ -627,6 +627,7 @@ def test_devices_are_named_or_found() -> None:
     assert choose_devices(None, 2, "cpu") == ["cpu"] * 2
     cases = [
         (("0,0", None, None), "each once"), (("gpu", None, None), '"cpu" or numbers'), (("", None, None), '"cpu" or numbers'),
+        (([0, 1], None, None), r'"cpu" or numbers of GPUs, each once \("0,1"\), got \[0, 1\]'),
         (("0,", None, None), '"cpu" or numbers'), (("cpu", 0, None), "from 1 to 1024"), (("0", 2, None), "workers"),
         (("99", None, None), "torch sees"), (("cpu", None, "cuda"), "begun on 'cuda'"),
     ]  # fmt: skip
