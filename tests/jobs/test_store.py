@@ -10,10 +10,12 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,18 @@ def test_stores_can_be_sent(store: Store) -> None:
     assert bytes(pickle.loads(pickle.dumps(store)).read(UNIT)) == b"x"
 
 
+def test_a_relative_folder_is_the_same_one_for_a_worker_that_is_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("job")
+    store.prepare()
+    store.write(UNIT, [b"x"])
+    sent = pickle.dumps(store)
+    monkeypatch.chdir("/")
+    assert bytes(pickle.loads(sent).read(UNIT)) == bytes(store.read(UNIT)) == b"x"
+
+
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     for out in (tmp_path / "none", "memory://none/at/all"):
         assert open_store(out).names() == []
@@ -103,14 +117,20 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
 
 def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
-    LocalStore(tmp_path).write(UNIT, [b"x"])
-    assert calls == ["fsync", "replace", "fsync"]
+    real = os.fsync, os.replace
+
+    def fsync(file: int) -> None:
+        folder = os.path.isdir(f"/proc/self/fd/{file}")
+        calls.append("folder" if folder else f"file of {os.fstat(file).st_size}")
+        real[0](file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), real[1](*a)))
+    LocalStore(tmp_path).write(UNIT, [b"one", b"two"])
+    assert calls == ["file of 6", "replace", "folder"]
     calls.clear()
     LocalStore(tmp_path).set_aside(UNIT, "damaged")
-    assert calls == ["replace", "fsync"]
+    assert calls == ["replace", "folder"]
 
 
 def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +185,19 @@ def test_local_claims_end_with_their_process_however_it_ends(tmp_path: Path) -> 
     store.release(3)
     assert store.clean() == 1
     assert not half.exists()
+
+
+def test_one_run_freezes_a_job_while_others_wait(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.prepare()
+    command = [sys.executable, "-c", HOLD.replace("claim(3)", f"claim({FREEZING})"), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+        threading.Timer(0.3, holder.stdin.close).start()
+        with store.freezing():
+            assert holder.stdin.closed
 
 
 def another_may_claim(store: LocalStore, number: int) -> bool:
@@ -233,6 +266,53 @@ def test_leases_are_one_holders_until_released_or_left_to_lapse(monkeypatch: pyt
     monkeypatch.setattr(time, "time", lambda: later)
     assert two.claim(3)
     assert not one.claim(3)
+
+
+def test_of_two_that_claim_at_once_the_later_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RemoteStore("memory://at once")
+    real = store._put
+
+    def put(what: str, action: Callable[[], object]) -> None:
+        real(what, action)
+        store._system.pipe_file(store._lease(3), f"another\n{time.time()}".encode())
+
+    monkeypatch.setattr(store, "_put", put)
+    assert not store.claim(3)
+
+
+def test_a_lease_of_a_clock_that_is_far_ahead_has_lapsed() -> None:
+    store = RemoteStore("memory://ahead")
+    for seconds, free in ((30, False), (90, True)):
+        store._system.pipe_file(store._lease(3), f"another\n{time.time() + seconds}".encode())
+        assert store.claim(3) == free
+
+
+def test_a_lease_outlives_a_renewal_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rested(Exception):
+        pass
+
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise Rested
+
+    store = RemoteStore("memory://unsteady")
+    monkeypatch.setattr(remote_store, "time", SimpleNamespace(sleep=sleep, time=time.time))
+    store._held.add(3)
+    monkeypatch.setattr(store._system, "pipe_file", lambda *_: 1 / 0)
+    with pytest.raises(Rested):
+        store._renew()
+    assert sum(pauses) < remote_store.LEASE_SECONDS
+
+
+def test_a_lease_that_cannot_be_removed_is_left_to_lapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RemoteStore("memory://unremoved")
+    assert store.claim(3)
+    monkeypatch.setattr(store._system, "rm_file", lambda _: 1 / 0)
+    store.release(3)
+    assert not store._held
 
 
 def test_leases_are_renewed_while_their_holder_lives(monkeypatch: pytest.MonkeyPatch) -> None:

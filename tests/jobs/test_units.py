@@ -6,9 +6,13 @@ import errno
 import fcntl
 import random
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +35,11 @@ from fastcfg.jobs import (
     status,
     write_unit,
 )
-from fastcfg.jobs.errors import DamagedError
+from fastcfg.jobs.errors import DamagedError, JobError
 from fastcfg.jobs.job import freeze, resolve
+from fastcfg.jobs.local_store import LocalStore
 from fastcfg.jobs.units import decode, encode, unit_bytes
-from fastcfg.jobs.worker import Outcome, Worker
+from fastcfg.jobs.worker import Outcome, Sampled, Worker
 
 
 @pytest.fixture
@@ -269,7 +274,15 @@ def test_worker_writes_passes_over_and_reports(
     url = str(tmp_path / "job") if kind == "local" else f"memory://{tmp_path.name}"
     job = freeze(open_store(url), tiny_spec, resolve(tiny_spec, "cpu"), None)
     events: list[object] = []
-    worker = Worker(job, "cpu", events.append)
+    other = open_store(url)
+
+    def report(event: Outcome | Sampled) -> None:
+        events.append(event)
+        if isinstance(event, Outcome):  # whoever hears of it may claim the unit
+            assert other.claim(event.unit.k)
+            other.release(event.unit.k)
+
+    worker = Worker(job, "cpu", report)
     units = list(all_units(job.spec))[:3]
     write_unit(job, units[1], compute(worker.sampler, job.spec, units[1]))
     real = compute
@@ -286,9 +299,53 @@ def test_worker_writes_passes_over_and_reports(
     outcomes = {event.unit.k: event for event in events if isinstance(event, Outcome)}
     assert [outcomes[k].status for k in range(3)] == ["written", "present", "failed"]
     assert outcomes[2].error == "RuntimeError: out of memory"
+    assert sum(event.images for event in events if isinstance(event, Sampled)) == units[0].size
     assert check_unit(job, units[0]) is None
-    other = open_store(url)
     assert all(other.claim(unit.k) for unit in units), "a unit that is done with is still claimed"
+
+
+def test_a_store_that_takes_no_claim_stops_the_run(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def claim(*_: object) -> bool:
+        raise JobError("cannot lock claims: Input/output error")
+
+    events: list[object] = []
+    worker = Worker(job, "cpu", events.append)
+    monkeypatch.setattr(LocalStore, "claim", claim)
+    worker.take(get_unit(job.spec, 0))
+    worker.finish()
+    assert events == [Outcome(get_unit(job.spec, 0), "stop", "cannot lock claims: Input/output error")]
+
+
+def test_a_worker_holds_three_units_and_none_that_is_written(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at the device, one waiting for the writer, one being written: while the disk is slow, no fourth is begun."""
+    begun: list[weakref.ref[object]] = []
+    disk = threading.Event()
+    real = compute
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        arrays = real(*arguments)
+        begun.append(weakref.ref(arrays["images"]))
+        return arrays
+
+    monkeypatch.setattr("fastcfg.jobs.worker.compute", counted)
+    monkeypatch.setattr("fastcfg.jobs.worker.write_unit", lambda *_: disk.wait(60))
+    events: list[object] = []
+    worker = Worker(job, "cpu", events.append)
+    device = threading.Thread(target=lambda: [worker.take(unit) for unit in all_units(job.spec)])
+    device.start()
+    deadline = time.monotonic() + 60
+    while len(begun) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)  # in which it would begin others
+    assert len(begun) == 3
+    disk.set()
+    device.join(60)
+    while any(images() is not None for images in begun):
+        assert time.monotonic() < deadline, "the writer keeps what it has written"
+        time.sleep(0.01)
+    worker.finish()
+    assert sum(isinstance(event, Outcome) for event in events) == len(begun) == 7
 
 
 def test_a_claim_that_cannot_be_given_up_does_not_end_the_writer(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
