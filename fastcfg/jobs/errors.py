@@ -19,10 +19,22 @@ class JobError(Error):
 class StoppedError(Error):
     """SIGINT or SIGTERM ended a run, between units, or an export. Exit code 130 or 143, as shells count signals."""
 
-    def __init__(self, signum: int, message: str = ""):
-        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
+    def __init__(self, signum: int, left: str = ""):
+        """left: what remains, where there is something to say of that."""
+        super().__init__(f"stopped by {signal.Signals(signum).name}" + (f": {left}" if left else ""))
         self.signum = signum
         self.exit_code = 128 + signum
+
+
+class Signalled(BaseException):
+    """SIGINT or SIGTERM, where it found the main thread; `fastcfg.jobs.run.signals` makes a StoppedError of it at the end.
+
+    No Exception: what is caught as an error of a spec, or as a reason to do without a compiler, must not be a signal.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
 
 
 class DamagedError(Error):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fastcfg.errors import Error, check_known
 from fastcfg.files import check_writable, temporary_path
 from fastcfg.jobs.dataset import image_layout
-from fastcfg.jobs.errors import JobError, StoppedError
+from fastcfg.jobs.errors import JobError, Signalled, StoppedError
 from fastcfg.jobs.job import Job, open_job
 from fastcfg.jobs.run import signals, status
 from fastcfg.jobs.stores import looks_remote
@@ -221,8 +221,8 @@ def _appearing(path: Path) -> Iterator[Path]:
         os.rename(temporary, path)
     except OSError as error:
         raise JobError(f"cannot write {path}: {error.strerror or error}: nothing of it was kept") from error
-    except StoppedError as stop:
-        raise StoppedError(stop.signum, f"{stop}: nothing of {path} was kept") from None
+    except Signalled as stop:
+        raise StoppedError(stop.signum, f"nothing of {path} was kept") from None
     finally:
         if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastcfg.errors import Error
-from fastcfg.jobs.errors import JobError, StoppedError
+from fastcfg.jobs.errors import JobError, Signalled, StoppedError
 from fastcfg.jobs.job import Job, Resolved, check_same, check_vacant, freeze, open_job, processor, resolve
 from fastcfg.jobs.local_runner import SIGNALS, choose_devices, run_units
 from fastcfg.jobs.spec import Spec
@@ -80,8 +80,8 @@ def run(
         job, runner = _begin(store, asked, text, devices, workers, ray)
         try:
             return _complete(job, runner, progress)
-        except StoppedError as stop:
-            raise StoppedError(stop.signum, f"{stop}: {_remaining(job)}") from None
+        except Signalled as stop:
+            raise StoppedError(stop.signum, _remaining(job)) from None
         except JobError as error:
             raise JobError(f"{error}: {_remaining(job)}") from error
 
@@ -301,7 +301,8 @@ def _remaining(job: Job) -> str:
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise StoppedError, once: what comes after is the ending. Only a main thread hears signals."""
+    """SIGINT and SIGTERM raise Signalled, once: what comes after is the ending, and then StoppedError. Only a main thread
+    hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -309,11 +310,13 @@ def signals() -> Iterator[None]:
     def stop(signum: int, _: FrameType | None) -> None:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        raise StoppedError(signum)
+        raise Signalled(signum)
 
     before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
     try:
         yield
+    except Signalled as stopped:
+        raise StoppedError(stopped.signum) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -118,6 +118,23 @@ def test_the_first_signal_stops_and_no_other_disturbs_the_ending(first: int) -> 
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
+@pytest.mark.parametrize("caught", [fastcfg.Error, Exception])
+def test_a_signal_is_no_error_of_what_it_interrupts(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: type[Exception]
+) -> None:
+    """While a run finds out what "auto" is. A loader's failures are errors of the spec, and some are survived."""
+
+    def load(_: str) -> None:
+        with contextlib.suppress(caught):
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the signal was not heard")
+
+    monkeypatch.setattr("fastcfg.jobs.job.load", load)
+    with pytest.raises(StoppedError, match="^stopped by SIGINT$"):
+        run(tiny_spec, tmp_path / "job", devices="cpu", progress=False)
+    assert not (tmp_path / "job").exists()
+
+
 def test_a_signal_to_the_real_command(write_spec: WriteSpec, tmp_path: Path, log: Path) -> None:
     """Not forked for the test, but as a user starts it."""
     out = tmp_path / "job"
