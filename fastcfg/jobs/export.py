@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastcfg.errors import Error, check_known
-from fastcfg.files import check_writable, temporary_path
+from fastcfg.files import check_writable, sync_folder, temporary_path
 from fastcfg.jobs.dataset import image_layout
 from fastcfg.jobs.errors import JobError, Signalled, StoppedError
 from fastcfg.jobs.job import Job, open_job
@@ -219,6 +219,7 @@ def _appearing(path: Path) -> Iterator[Path]:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         os.rename(temporary, path)
+        sync_folder(path.parent)  # whoever is told that it is there may remove the job
     except OSError as error:
         raise JobError(f"cannot write {path}: {error.strerror or error}: nothing of it was kept") from error
     except Signalled as stop:

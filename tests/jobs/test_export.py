@@ -148,7 +148,7 @@ def test_what_appears_is_on_the_disk(folder: Path, tmp_path: Path, monkeypatch: 
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     export(folder, format, tmp_path / "x", progress=False)
-    assert calls[-2:] == ["fsync" if format == "adm-npz" else "sync", "rename"]
+    assert calls[-3:] == ["fsync" if format == "adm-npz" else "sync", "rename", "fsync"]
 
 
 def test_an_npz_may_be_larger_than_old_zip_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
