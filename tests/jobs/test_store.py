@@ -93,6 +93,7 @@ def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
 def test_a_link_to_nowhere_hides_no_unit(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.write(UNIT, [b"x"])
+    (tmp_path / "units" / f".unit-000004.safetensors.{'0' * 16}.tmp").touch()  # nor is what is half written one
     (tmp_path / "units" / "unit-000001.safetensors.bak").symlink_to(tmp_path / "nowhere")
     assert store.sizes("units") == {"unit-000003.safetensors": 1}
     with pytest.raises(JobError, match=r"cannot read the folder .*unit-000003.*Not a directory"):
@@ -223,6 +224,11 @@ def test_what_is_done_with_a_folder_leaves_no_claim(tmp_path: Path) -> None:
     opened = os.listdir("/proc/self/fd")
     assert all(store.claim(number) for number in range(4))
     assert os.listdir("/proc/self/fd") == opened  # one for all units
+    assert not another_may_claim(store, 3)
+    store.close()
+    assert len(os.listdir("/proc/self/fd")) == len(opened) - 1
+    assert another_may_claim(store, 3)
+    assert store.claim(3)
     assert not another_may_claim(store, 3)
 
 
