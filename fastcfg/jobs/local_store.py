@@ -28,7 +28,7 @@ class LocalStore:
     def __init__(self, root: Path):
         self.root = root.absolute()
         self.url = str(root)
-        self._locks: tuple[int, int] | None = None  # (process, file descriptor)
+        self._claims: int | None = None  # a file descriptor
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         return LocalStore, (self.root,)
@@ -128,9 +128,9 @@ class LocalStore:
             self._lock(number, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        if self._locks is not None and self._locks[0] == os.getpid():
-            os.close(self._locks[1])  # with it go all locks
-        self._locks = None
+        if self._claims is not None:
+            os.close(self._claims)  # with it go all locks
+        self._claims = None
 
     @contextmanager
     def freezing(self) -> Iterator[None]:
@@ -157,11 +157,10 @@ class LocalStore:
         return True
 
     def _descriptor(self) -> int:
-        """Open once until `close`: closing any descriptor of the file would drop all its locks."""
-        if self._locks is None or self._locks[0] != os.getpid():
+        """Open once until `close`: closing any descriptor of the file would drop all its locks. A fork's locks are its own."""
+        if self._claims is None:
             try:
-                descriptor = os.open(self.root / "claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._claims = os.open(self.root / "claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError as error:
                 raise JobError(f"cannot write in {self.root}: {error.strerror}") from error
-            self._locks = os.getpid(), descriptor
-        return self._locks[1]
+        return self._claims
