@@ -53,6 +53,8 @@ def check_writable(path: Path) -> None:
         raise Error(f"cannot write {path}: the folder {folder} does not exist")
     if is_dir(path):
         raise Error(f"cannot write {path}: it is a folder")
+    if _mode(path) and not is_file(path):
+        raise Error(f"cannot write {path}: it is no file but a device or a pipe, which a file would replace")
     try:
         # Permission bits do not tell all (read-only mounts, root): only making a file does.
         with tempfile.TemporaryFile(dir=folder):

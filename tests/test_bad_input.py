@@ -397,6 +397,14 @@ def test_a_name_too_long_for_its_temporary_is_refused_before_the_work(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """As /dev/null was, where root gave it for the table of a benchmark."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(fastcfg.Error, match=r"cannot write .*pipe: it is no file but a device or a pipe"):
+        files.write_file(tmp_path / "pipe", lambda temporary: temporary.write_text("x"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_who_writes_one_file_at_once_does_not_mix_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that compile the C, or two containers, where all processes are number 1: both are at it before either is
     done."""

@@ -201,6 +201,15 @@ def test_one_run_freezes_a_job_while_others_wait(tmp_path: Path) -> None:
             assert holder.stdin.closed
 
 
+def test_two_runs_may_clean_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.prepare()
+    half = tmp_path / "units" / f".unit-000003.safetensors.{'0' * 16}.tmp"
+    half.touch()
+    monkeypatch.setattr(store, "_lock", lambda *_: half.unlink(missing_ok=True) is None)  # the other was first
+    store.clean()
+
+
 def another_may_claim(store: LocalStore, number: int) -> bool:
     child = os.fork()
     if not child:
