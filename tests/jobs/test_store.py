@@ -347,6 +347,7 @@ def test_leases_are_renewed_while_their_holder_lives(monkeypatch: pytest.MonkeyP
     assert not renewing.is_alive()  # a service that runs jobs has no thread left of each
     assert store.claim(3)
     assert store._renewing is not None
+    assert store._renewing.is_alive()
     store.close()
 
 
