@@ -130,7 +130,7 @@ def test_a_signal_is_no_error_of_what_it_interrupts(
             pytest.fail("the signal was not heard")
 
     monkeypatch.setattr("fastcfg.jobs.job.load", load)
-    with pytest.raises(StoppedError, match="^stopped by SIGINT$"):
+    with pytest.raises(StoppedError, match=r"^stopped by SIGINT$"):
         run(tiny_spec, tmp_path / "job", devices="cpu", progress=False)
     assert not (tmp_path / "job").exists()
 

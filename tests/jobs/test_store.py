@@ -365,6 +365,9 @@ def test_uploads_are_tried_again_unless_forbidden(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(store._system, "pipe_file", unsteady, raising=False)
     store.write(UNIT, [b"x"])
     assert bytes(store.read(UNIT)) == b"x"
+    failures[:] = [TimeoutError()] * 3
+    with pytest.raises(JobError, match=r"memory://retries/units.*: TimeoutError$"):
+        store.write(UNIT, [b"y"])
     failures[:] = [PermissionError("Access Denied")] * 2
     with pytest.raises(JobError, match=r"memory://retries/units.*Access Denied"):
         store.write(UNIT, [b"y"])
