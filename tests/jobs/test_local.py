@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -438,6 +439,22 @@ def test_a_worker_is_replaced_by_its_like(tiny_spec: Spec, tmp_path: Path, monke
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert sorted(begun[2:] for begun in workers.begun) == sorted((device, threads) for device in devices * 2)
+
+
+def test_a_worker_takes_its_share_of_the_cores(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` in this process, which ends as the worker's would when its parent is gone."""
+    job, before, ended = make_job(tiny_spec, tmp_path / "job"), torch.get_num_threads(), threading.Event()
+    parent, theirs = Pipe()
+    parent.send((job.store, {}, "cpu", before + 1))
+    monkeypatch.setattr(os, "_exit", lambda _: ended.set())
+    monkeypatch.setattr(local_runner, "Worker", lambda *_: pytest.fail(f"{torch.get_num_threads()} threads"))
+    try:
+        with theirs, pytest.raises(pytest.fail.Exception, match=f"^{before + 1} threads$"):
+            local_runner.serve(os.dup(theirs.fileno()))
+    finally:
+        torch.set_num_threads(before)
+        parent.close()
+        assert ended.wait(60)
 
 
 def test_no_room_for_a_worker_is_one_error_and_no_other_is_left(
