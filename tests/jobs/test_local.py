@@ -457,6 +457,27 @@ def test_a_worker_takes_its_share_of_the_cores(tiny_spec: Spec, tmp_path: Path, 
         assert ended.wait(60)
 
 
+def test_a_worker_that_does_not_end_is_killed(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(StandIn):
+        killed = False
+
+        def wait(self, timeout: float | None = None) -> int:
+            assert self.killed or timeout is not None, "it waits for ever"
+            if not self.killed:
+                raise subprocess.TimeoutExpired("worker", timeout or 0)
+            return super().wait()
+
+        def kill(self) -> int:
+            self.killed = True
+            return 0
+
+    workers = Deaf(sound)
+    monkeypatch.setattr(local_runner, "_start", workers.start)
+    job = make_job(tiny_spec, tmp_path / "job")
+    assert len(list(run_units(job, all_units(job.spec), ["cpu"]))) == 7
+    assert workers.killed
+
+
 def test_no_room_for_a_worker_is_one_error_and_no_other_is_left(
     tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
