@@ -457,6 +457,20 @@ def test_a_worker_takes_its_share_of_the_cores(tiny_spec: Spec, tmp_path: Path, 
         assert ended.wait(60)
 
 
+def test_a_worker_that_dies_as_it_starts_is_not_started_again(
+    tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stillborn(StandIn):
+        def _serve(self, connection: Any, script: Callable[[Any], None]) -> None:
+            del script
+            connection.close()
+
+    monkeypatch.setattr(local_runner, "_start", Stillborn(sound).start)
+    job = make_job(tiny_spec, tmp_path / "job")
+    with pytest.raises(JobError, match="no worker could be started on cpu: its worker was killed by signal 9"):
+        list(run_units(job, all_units(job.spec), ["cpu"]))
+
+
 def test_a_worker_that_does_not_end_is_killed(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Deaf(StandIn):
         killed = False
