@@ -19,8 +19,23 @@ SUFFIXES = (".png", ".npz", ".safetensors")
 CELL = 64  # least width of a grid's cell, in pixels
 
 
+def check_finite(x: Tensor) -> Tensor:
+    """x [N, ...] itself. Raises Error where a sample holds NaN or infinity, as of a network that overflows its dtype."""
+    wrong = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise Error(
+            f"{len(wrong)} of {len(x)} samples, the first of them row {wrong[0]}, hold NaN or infinity: the model overflowed, "
+            "where dtype fp32 or bf16 may not, or its weights do"
+        )
+    return x
+
+
 def to_uint8(x: Tensor) -> NDArray[np.uint8]:
-    """Pixels of samples in [-1, 1], [N, C, H, W] -> uint8 [N, H, W, C]: clamp(127.5 x + 128) truncated, as the official DiT."""
+    """Pixels of samples in [-1, 1], [N, C, H, W] -> uint8 [N, H, W, C]: clamp(127.5 x + 128) truncated, as the official DiT.
+
+    Raises Error as `check_finite` does: NaN would be black.
+    """
+    x = check_finite(x)
     pixels = (127.5 * x.float() + 128.0).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -83,8 +98,13 @@ def save_npz(
 
 
 def save_samples(path: Path, samples: Tensor, labels: Tensor, scales: Tensor, seed: int, metadata: dict[str, str]) -> None:
-    """float32 samples (or latents) [N, C, H, W] with labels [N], scales [N]; seed and metadata as strings beside them."""
-    write_safetensors(path, {"samples": samples, "labels": labels, "scales": scales}, {"seed": str(seed), **metadata})
+    """float32 samples (or latents) [N, C, H, W] with labels [N], scales [N]; seed and metadata as strings beside them.
+
+    Raises Error as `check_finite` does.
+    """
+    write_safetensors(
+        path, {"samples": check_finite(samples), "labels": labels, "scales": scales}, {"seed": str(seed), **metadata}
+    )
 
 
 def save_grid(

@@ -88,6 +88,19 @@ def test_w_is_scale_minus_one(tmp_path: Path) -> None:
         assert np.array_equal(a["arr_0"], b["arr_0"])
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.npz", "x.safetensors"])
+def test_samples_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    """As pixels they would be black."""
+    module = fastcfg.DiT(input_size=8, in_channels=1, hidden_size=32, depth=1, num_heads=2, num_classes=3).eval()
+    torch.nn.init.constant_(module.y_embedder.embedding_table.weight[1], torch.inf)
+    fastcfg.save(describe_dit(module), tmp_path / "model.safetensors")
+    made = ("--checkpoint", str(tmp_path / "model.safetensors"), "--steps", "2", "--labels", "0,1,2,1")
+    result = CliRunner().invoke(main, ["sample", *made, "--out", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert "error: 2 of 4 samples, the first of them row 1, hold NaN or infinity" in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 @pytest.fixture
 def latent(tmp_path: Path) -> Path:
     """A checkpoint whose samples are latents [4, 8, 8]."""

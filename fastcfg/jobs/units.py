@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastcfg.errors import Error
-from fastcfg.images import to_uint8
+from fastcfg.images import check_finite, to_uint8
 from fastcfg.jobs.errors import DamagedError, JobError
 from fastcfg.jobs.job import Job
 from fastcfg.jobs.spec import Spec
@@ -61,7 +61,8 @@ def compute(sampler: Sampler, spec: Spec, unit: Unit, on_batch: Callable[[int], 
     (int64 [n]; the noise is that of (seed, index)), scales (float32 [n]).
 
     The rows depend on the unit alone, and so do the batches that they are split to: the same bytes from every
-    worker. on_batch(n) is called after each batch with the number of samples it finished.
+    worker. on_batch(n) is called after each batch with the number of samples it finished. Raises Error for samples that hold
+    NaN or infinity.
     """
     i = np.arange(unit.start, unit.stop)
     index, which = np.divmod(i, len(spec.scales))
@@ -72,7 +73,7 @@ def compute(sampler: Sampler, spec: Spec, unit: Unit, on_batch: Callable[[int], 
     kind = "scale" if spec.classifier is None else "classifier_scale"
     given = {kind: torch.from_numpy(scales), "seeds": seeds.tolist(), "indices": index.tolist()}
     x = sampler(torch.from_numpy(labels), **given, on_batch=on_batch)  # type: ignore[arg-type]
-    images = to_uint8(x) if spec.output == "uint8" else x.cpu().numpy()
+    images = to_uint8(x) if spec.output == "uint8" else check_finite(x).cpu().numpy()
     return {"labels": labels, "seeds": seeds, "indices": index, "scales": scales.astype(np.float32), "images": images}
 
 

@@ -54,6 +54,19 @@ def written(job: Job) -> Job:
     return job
 
 
+@pytest.mark.parametrize("output", ["uint8", "latents"])
+def test_samples_that_are_no_numbers_are_no_unit(job: Job, output: str) -> None:
+    sampler = job.make_sampler("cpu")
+    module = sampler.model.module
+    assert isinstance(module, fastcfg.DiT)
+    with torch.no_grad():
+        module.y_embedder.embedding_table.weight[2] = torch.nan
+    sampler.refresh()
+    spec = replace(job.spec, output=output)
+    with pytest.raises(fastcfg.Error, match="2 of 6 samples, the first of them row 4, hold NaN or infinity"):
+        compute(sampler, spec, get_unit(spec, 0))
+
+
 def test_sample_i_has_its_label_scale_and_noise(job: Job) -> None:
     """Each sample again, alone, by the reference engine: labels in turn, all scales of a label from the same noise."""
     spec = job.spec
