@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,7 +93,7 @@ def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
     wide = wide_dtype(dtype)
     dtypes = {_name(kind): kind for kind in (dtype, wide)}  # attention is computed in the wider one
     workers = Workers(torch.get_num_threads())
-    generator = torch.Generator().manual_seed(0)
+    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu")
     M, K, N = CPU_PRODUCT
 
     def everywhere(work: Callable[[int], object]) -> Callable[[], object]:
@@ -100,14 +101,14 @@ def _measured_on_cpu(dtype: torch.dtype) -> Ceilings:
 
     def product(kind: torch.dtype) -> Callable[[int], object]:
         operations, stored = cpu_operations(kind == torch.int8), wide if kind == torch.int8 else kind
-        weight, bias, h = (torch.randn(shape, generator=generator).to(stored) for shape in ((N, K), (N,), (1, M, K)))
+        weight, bias, h = (randn(shape).to(stored) for shape in ((N, K), (N,), (1, M, K)))
         if in_one_call(kind):
             products = NativeLayer(kernels().library, weight, bias, kind).products(h[0].float())
             return lambda _: [products() for _ in range(REPEATS)]
         layer = operations.pack(weight, bias, rows=M)
         return lambda _: [operations.linear(h, *layer) for _ in range(REPEATS)]
 
-    buffers = [(torch.ones(CPU_COPY // 4), torch.empty(CPU_COPY // 4)) for _ in range(workers.count)]
+    buffers = [(randn(CPU_COPY // 4), randn(CPU_COPY // 4)) for _ in range(workers.count)]
 
     def copy(worker: int) -> object:
         source, target = buffers[worker]

@@ -100,7 +100,7 @@ def explain(
     classifier: what guides instead of the null rows; the ledger leaves it out. Raises Error where ceilings are asked for and
     there is no ledger.
     """
-    t = torch.tensor(plan.timesteps[:1], dtype=torch.int64 if plan.whole_timesteps else torch.float32)
+    t = torch.from_numpy(plan.timesteps[:1]).to(torch.int64 if plan.whole_timesteps else torch.float32)
     flops, pushed, shown = count_flops(model, t), 0, str(plan)
     if classifier is not None:
         assert plan.gradient is not None
@@ -160,7 +160,7 @@ def count_gradient_flops(classifier: nn.Module, model: Denoiser, t: Tensor | Non
 
 
 def _time(t: Tensor | None) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64) if t is None else t
+    return torch.zeros(1, dtype=torch.int64, device="cpu") if t is None else t
 
 
 def _ledger(

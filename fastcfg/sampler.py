@@ -106,7 +106,7 @@ class Sampler:
             whole = torch.int64 if self.plan.whole_timesteps else torch.float32
             on_null = self._on_null or isinstance(self.model.null_label, Tensor)
             last = None if on_null else (self.model.num_classes or 1) - 1
-            try_module(self.model, torch.tensor(self.plan.timesteps[:1], dtype=whole), last)
+            try_module(self.model, torch.from_numpy(self.plan.timesteps[:1]).to(whole), last)
         self.engine = make_engine(engine, self.model, self.plan, device, dtype)
         self._asked_dtype = DTYPES.get(dtype)  # None: "auto"
         self._gradient: ClassifierGradient | None = None
@@ -197,7 +197,7 @@ class Sampler:
         elif self.model.null_label is None:
             raise Error("the model has no null label: labels must be given")
         else:
-            null = torch.as_tensor(self.model.null_label)
+            null = torch.as_tensor(self.model.null_label, device="cpu")
             y = null.expand(N, *null.shape)
         if len(y) != N:
             raise Error(f"labels has one value a row: {len(y)} arrived for {N} rows")

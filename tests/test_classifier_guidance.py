@@ -373,6 +373,19 @@ def test_torchs_default_dtype_does_not_matter(default_dtype: Callable) -> None:
     assert torch.equal(got, want)
 
 
+def test_torchs_default_device_does_not_matter() -> None:
+    model, classifier = random_model(), a_classifier()
+
+    def samples() -> Tensor:
+        asked = ClassifierGuidance(classifier, 20.0)
+        return Sampler(model, steps=2, engine="cpu", classifier_guidance=asked)([1, 2], seeds=SEED)
+
+    want = samples()
+    with torch.device("meta"):
+        got = samples()
+    assert torch.equal(got, want)
+
+
 def test_bf16_networks_take_the_gradient_in_float32() -> None:
     asked: list[torch.dtype] = []
     sampler = guided(random_model(), engine="reference", dtype="bf16")

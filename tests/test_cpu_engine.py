@@ -486,6 +486,17 @@ def test_torchs_default_dtype_does_not_matter(
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_torchs_default_device_does_not_matter(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(cpu, "in_one_call", lambda _: False)
+    model = model_of("head 64")
+    want = sampler(model, eta=1.0)([0, 1], scale=2.0)
+    with torch.device("meta"):
+        got = sampler(model, eta=1.0)([0, 1], scale=2.0)
+    assert torch.equal(got, want)
+
+
 def test_bits_do_not_depend_on_torchs_number_of_threads() -> None:
     model, threads = model_of("head 72"), torch.get_num_threads()
     want = sampler(model)([0, 1, 2], scale=2.0)

@@ -52,6 +52,24 @@ def counting_sampler(**settings):
     return sampler, module.calls
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_torchs_default_device_does_not_matter(foreign):
+    """A program sets it to its GPU, and may sample on the CPU beside it; here it is meta, from which no value comes back."""
+
+    described = {"schedule": "linear", "null_label": CLASSES, "shape": SHAPE} if foreign else {}
+    module, x, t = Counting(small_dit()).eval() if foreign else small_dit(), torch.ones(1, *SHAPE), torch.tensor([500])
+
+    def results():
+        sampler = sampler_of(module, eta=1.0, **described)
+        return sampler(LABELS[:3], 3.0), sampler.predict(x, t, None), sampler.explain().flops
+
+    want = results()
+    with torch.device("meta"):
+        got = results()
+    assert all(map(torch.equal, got[:2], want[:2]))
+    assert got[2] == want[2] > 0
+
+
 LABELS = [0, 3, 1, 4, 4, 2, 0, 1]
 ROW_SCALES = torch.tensor([4.0, 1.0, 2.0, 4.0, 7.5, 1.0, 1.5, 3.0])
 # The variants' widths are multiples of 32. torch's CPU kernels end a tensor's odd elements (those past a multiple of two

@@ -84,8 +84,8 @@ class ClassifierGradient:
         """The numbers of samples that may share a forward, the largest first."""
         most = TOGETHER[0]
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn((most, *model.shape), generator=generator, dtype=torch.float32)
-        labels = torch.arange(most) % (model.num_classes or 1)
+        x = torch.randn((most, *model.shape), generator=generator, dtype=torch.float32, device="cpu")
+        labels = torch.arange(most, device="cpu") % (model.num_classes or 1)
 
         def gradients(size: int, order: Tensor) -> Tensor:
             """Of all samples, computed `size` at a time in that order."""
@@ -95,7 +95,7 @@ class ClassifierGradient:
             return found
 
         with one_thread():
-            as_they_come = torch.arange(most)
+            as_they_come = torch.arange(most, device="cpu")
             pairs = gradients(2, as_they_come)
             if not torch.equal(gradients(2, as_they_come.roll(1)), pairs):  # each with another, in the other place
                 return (1,)

@@ -160,7 +160,7 @@ class CpuEngine:
             return frozenset({1})
         R = sizes[-1]
         tokens, table = _random(program, R)
-        index = torch.arange(R)
+        index = torch.arange(R, device="cpu")
 
         def same(size: int) -> bool:
             joined = program.denoise(tokens[:size], table, index[:size])
@@ -184,7 +184,7 @@ class CpuEngine:
         def option(dtype: torch.dtype) -> Callable[[], object]:
             program = self._made(shallow, dtype)
             tokens, table = _random(program, 1)
-            index = torch.zeros(1, dtype=torch.int32)
+            index = torch.zeros(1, dtype=torch.int32, device="cpu")
             return lambda: self._workers.map(lambda _: program.denoise(tokens, table, index), range(1))
 
         with one_thread():
@@ -229,7 +229,6 @@ def _first_block(module: DiT) -> DiT:
 
 def _random(program: FusedDiT, rows: int) -> tuple[Tensor, Tensor]:
     """(tokens [rows, T, D], table [rows, W]) to try `program` on; the caller's random state is left alone."""
-    generator = torch.Generator().manual_seed(0)
-    config = program.config
-    tokens = torch.randn(rows, config.tokens, config.hidden_size, generator=generator, dtype=torch.float32)
-    return tokens.to(program.dtype), torch.randn(rows, program.table_width, generator=generator, dtype=torch.float32)
+    config, generator = program.config, torch.Generator().manual_seed(0)
+    drawn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn(rows, config.tokens, config.hidden_size).to(program.dtype), drawn(rows, program.table_width)

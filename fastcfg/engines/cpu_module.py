@@ -78,7 +78,7 @@ class CpuModuleEngine(ReferenceEngine):
 
     def _choose(self, x: Tensor, t: Tensor, y: Tensor) -> Forward:
         """The fastest forward of inputs like these; one that cannot be had is noted, and the rest are compared."""
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(self.dtype)
         made: dict[str, Forward] = {"eager": partial(call_module, self._module)}
 
         def run(name: str) -> None:

@@ -175,7 +175,7 @@ class Samples:
 
     def start(self, step: int, places: Tensor) -> None:
         """Sets the counters: all rows are at `step`, and their rows of the table are `places`, [2B] on the host."""
-        at = torch.cat([torch.full((len(self.at) - len(places),), step), places])
+        at = torch.cat([places.new_full((len(self.at) - len(places),), step), places])
         self._copy(self.at, at.to(torch.int32))
 
     def update(self) -> dict[str, Any]:
@@ -288,9 +288,9 @@ class ModuleLoop:
         self.y[:B].copy_(request.labels)
         self.input[:B].copy_(self.samples.x)
         if self.null is not None:
-            self.y[B:].copy_(torch.as_tensor(self.null).expand_as(self.y[B:]))
+            self.y[B:].copy_(torch.as_tensor(self.null, device=self.y.device).expand_as(self.y[B:]))
             self.input[B:].copy_(self.samples.x)
-        self.samples.start(0, torch.zeros(2 * B, dtype=torch.int64))
+        self.samples.start(0, torch.zeros(2 * B, dtype=torch.int64, device="cpu"))
         yield range(self.samples.plan.steps)
 
     def step(self, guided: bool) -> None:

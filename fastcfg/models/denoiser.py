@@ -219,5 +219,5 @@ def try_module(model: Denoiser, t: Tensor, label: int | None = None) -> Tensor:
 
 def _probe(model: Denoiser) -> Denoiser:
     """Tries the module with the null label; learns from its output whether it has variance channels."""
-    output = try_module(model, torch.zeros(1, dtype=torch.int64))
+    output = try_module(model, torch.zeros(1, dtype=torch.int64, device="cpu"))
     return replace(model, learned_variance=output.shape[1] == 2 * model.shape[0])

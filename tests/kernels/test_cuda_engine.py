@@ -173,6 +173,16 @@ def test_torchs_default_dtype_does_not_matter(foreign, default_dtype):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_torchs_default_device_does_not_matter(foreign):
+    make = foreign_sampler if foreign else lambda **options: sampler(random_dit(depth=1), **options)
+    want = make(steps=2)([1, 4], 3.0)
+    made = make(steps=2)
+    with torch.device("meta"):
+        got = made([1, 4], 3.0)
+    assert torch.equal(got, want)
+
+
 def test_predict_agrees_with_the_reference():
     module = random_dit()
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([999, 400, 3])
