@@ -431,7 +431,13 @@ def test_only_the_unit_that_a_worker_died_of_is_blamed(
 def test_a_worker_is_replaced_by_its_like(tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, half = make_job(tiny_spec, tmp_path / "job"), max(1, torch.get_num_threads() // 2)
     for devices, threads in ((["cpu", "cpu"], half), (["cuda:0", "cuda:1"], None)):
-        workers = StandIn(dying, dying, sound, sound)
+        both = threading.Barrier(2, timeout=60)  # each has a unit, which the other's successor could take otherwise
+
+        def dying_together(connection: Any, both: threading.Barrier = both) -> None:
+            dying(connection)
+            both.wait()
+
+        workers = StandIn(dying_together, dying_together, sound, sound)
         monkeypatch.setattr(local_runner, "_start", workers.start)
         list(run_units(job, all_units(job.spec), devices))
         deadline = time.monotonic() + 60
