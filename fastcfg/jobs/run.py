@@ -307,16 +307,25 @@ def signals() -> Iterator[None]:
         yield
         return
 
+    heard: list[int] = []
+
     def stop(signum: int, _: FrameType | None) -> None:
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
+        heard.append(signum)
         raise Signalled(signum)
 
     before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
     try:
         yield
-    except Signalled as stopped:
-        raise StoppedError(stopped.signum) from None
+    except Error:
+        raise
+    except BaseException as error:
+        if not heard:
+            raise
+        # Signalled, or what a library made of it, or met in the ending
+        what = "" if isinstance(error, Signalled) else f"its ending met {type(error).__name__}: {error}"
+        raise StoppedError(heard[0], what) from error
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -119,6 +119,21 @@ def test_the_first_signal_stops_and_no_other_disturbs_the_ending(first: int) -> 
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
+def test_a_signal_is_one_whatever_its_ending_meets() -> None:
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise SystemError("the cluster is gone")
+
+    with pytest.raises(StoppedError) as stopped, signals():
+        work()
+    assert str(stopped.value) == "stopped by SIGTERM: its ending met SystemError: the cluster is gone"
+    assert stopped.value.exit_code == 143
+    with pytest.raises(SystemError), signals():
+        raise SystemError("no signal was heard")
+
+
 @pytest.mark.parametrize("caught", [fastcfg.Error, Exception])
 def test_a_signal_is_no_error_of_what_it_interrupts(
     tiny_spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: type[Exception]
